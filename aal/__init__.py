@@ -1,0 +1,20 @@
+"""Auxiliary Activation Learning: train the same network in a fraction of the activation memory."""
+
+from aal.indicator import learning_indicator
+from aal.rules.aba import Conv2dABA, LinearABA, conv2d_aba, linear_aba
+from aal.rules.ara import Conv2dARA, conv2d_ara
+from aal.rules.asa import Conv2dASA, LinearASA, conv2d_asa, linear_asa
+
+__all__ = [
+    "Conv2dABA",
+    "Conv2dARA",
+    "Conv2dASA",
+    "LinearABA",
+    "LinearASA",
+    "conv2d_aba",
+    "conv2d_ara",
+    "conv2d_asa",
+    "learning_indicator",
+    "linear_aba",
+    "linear_asa",
+]

@@ -1,0 +1,276 @@
+"""Chains of layers that keep their first input only and replay the rest in backward.
+
+``replay(x, bn, relu, conv)`` is ``conv(relu(bn(x)))``, but the result of batch norm and ReLU,
+which the convolution needs for its weight gradient, is computed again from ``x``, which batch
+norm keeps anyway. Replays reuse the batch statistics of the forward pass, so running statistics
+are updated once. The last layer of a chain is never replayed.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+
+from aal.lean.pool import max_pool, max_pool_backward, window_of
+from aal.ops.autocast import cast, cast_input
+from aal.ops.batch_norm import (
+    Parameters,
+    Statistics,
+    batch_norm,
+    batch_norm_backward,
+    batch_norm_replay,
+)
+from aal.ops.convolution import Geometry, convolve, convolve_backward, geometry
+from aal.ops.pool_index import Window
+
+Tensors = tuple[Tensor | None, ...]
+
+
+def replay(
+    x: Tensor, *layers: nn.Module, recompute: tuple[nn.Module, *tuple[Tensor, ...]] | None = None
+) -> Tensor:
+    """Apply ``layers`` in turn and keep ``x`` alone; see ``ReplayFunction``.
+
+    Args:
+        x: (N, C, H, W).
+        layers: ``nn.Conv2d`` (zero padding), ``nn.BatchNorm2d``, ``nn.ReLU`` and ``nn.MaxPool2d``
+            in any order. Their hooks are not called.
+        recompute: ``(module, *inputs)`` such that ``module(*inputs)`` is ``x``. The inputs are
+            kept instead of ``x``, which pays where they are smaller or kept by somebody else.
+
+    Returns:
+        What the layers compute in sequence. Gradients and running statistics are those of the
+        layers, bit for bit in float32 on the same device.
+
+    Raises:
+        TypeError: a layer of another type.
+    """
+    pairs = [_operation(layer, x, first=i == 0) for i, layer in enumerate(layers)]
+    operations, parameters = zip(*pairs, strict=True)
+    recipe, sources = None, ()
+    if recompute is not None:
+        module, *inputs = recompute
+        names = [name for name, _ in module.named_parameters()]
+        recipe, sources = _Recipe(module, names), (*module.parameters(), *inputs)
+    chain = _Chain(operations, [len(own) for own in parameters], recipe, len(sources))
+    y, *updates = ReplayFunction.apply(chain, x, *sources, *sum(parameters, ()))
+    statistics = iter(updates)
+    for layer, operation in zip(layers, operations, strict=True):
+        if isinstance(operation, _BatchNorm) and operation.training:
+            _update_running_statistics(layer, next(statistics), next(statistics))
+    return y
+
+
+class ReplayFunction(torch.autograd.Function):
+    """A chain of convolution, batch norm, ReLU and max pool that keeps its first input only.
+
+    Forward     y = layers[-1](... layers[0](x)), and the new running statistics of its batch norms
+    Backward    computes the inputs of the later layers again, with the statistics of the forward
+                pass, and runs the stock backward of every layer on them: all gradients exact, and
+                bit-identical to those of the stock layers in float32 on the same device
+
+    Shapes      as the layers
+    Saves       x, or what ``recompute`` makes it from; mean and 1 / standard deviation of each
+                batch norm; 4 bits per output of a max pool; parameters by reference. Stock layers
+                keep the input of every layer.
+    Edge cases  batch norm in evaluation mode and frozen parameters as in PyTorch. No double
+                backward.
+    """
+
+    @staticmethod
+    def forward(ctx, chain: "_Chain", x: Tensor, *tensors: Tensor | None):
+        parameters = chain.parameters(tensors)
+        y, kept, updates = x, [], []
+        for i, operation in enumerate(chain.operations):
+            own = parameters[i]
+            y, keep, update = operation.forward(y, own)
+            kept.append(keep)
+            updates.extend(update)
+            # The caller overwrites the running statistics, the last tensors of a batch norm.
+            parameters[i] = own[: len(own) - len(update)] + (None,) * len(update)
+        sources = tensors[: chain.num_sources] if chain.recipe else (x,)
+        ctx.chain, ctx.num_first = chain, len(sources)
+        ctx.num_kept = [len(keep) for keep in kept]
+        ctx.autocast = _autocast_state(x)
+        ctx.save_for_backward(*sources, *sum(parameters, ()), *sum(kept, ()))
+        ctx.mark_non_differentiable(*updates)
+        return y, *updates
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, *_):
+        chain: _Chain = ctx.chain
+        operations = chain.operations
+        first, rest = ctx.saved_tensors[: ctx.num_first], ctx.saved_tensors[ctx.num_first :]
+        parameters = _split(rest, chain.num_parameters)
+        kept = _split(rest[sum(chain.num_parameters) :], ctx.num_kept)
+        with torch.autocast(**ctx.autocast):
+            inputs = [chain.recipe(first) if chain.recipe else first[0]]
+            for i, operation in enumerate(operations[:-1]):
+                inputs.append(operation.replay(inputs[i], parameters[i], kept[i]))
+
+        _, needs_x, *needs_tensors = ctx.needs_input_grad
+        needs = _split(needs_tensors[chain.num_sources :], chain.num_parameters)
+        lowest = 0 if needs_x else next(i for i, need in enumerate(needs) if any(need))
+        grads: list[Tensors] = [(None,) * number for number in chain.num_parameters]
+        for i in reversed(range(lowest, len(operations))):
+            needs_input = needs_x or i > lowest
+            grad, grads[i] = operations[i].backward(
+                grad, inputs.pop(), parameters[i], kept[i], (needs_input, *needs[i])
+            )
+        grad_x = grad if needs_x else None
+        return None, grad_x, *(None,) * chain.num_sources, *sum(grads, ())
+
+
+class _Recipe(NamedTuple):
+    """How to compute the first input of a chain again."""
+
+    module: nn.Module
+    names: list[str]  # of the module's parameters
+
+    def __call__(self, sources: Tensors) -> Tensor:
+        parameters = dict(zip(self.names, sources, strict=False))
+        return functional_call(self.module, parameters, sources[len(self.names) :])
+
+
+class _Chain(NamedTuple):
+    """Everything about a chain but its tensors."""
+
+    operations: tuple["_Operation", ...]
+    num_parameters: list[int]
+    recipe: _Recipe | None
+    num_sources: int
+
+    def parameters(self, tensors: Tensors) -> list[Tensors]:
+        return _split(tensors[self.num_sources :], self.num_parameters)
+
+
+class _Convolution(NamedTuple):
+    """Parameters: weight and bias."""
+
+    where: Geometry
+
+    def forward(self, x: Tensor, parameters: Tensors) -> tuple[Tensor, Tensors, Tensors]:
+        return self.replay(x, parameters, ()), (), ()
+
+    def replay(self, x: Tensor, parameters: Tensors, kept: Tensors) -> Tensor:
+        weight, bias = parameters
+        x = cast_input(x, weight)
+        return convolve(x, weight.to(x.dtype), cast(bias, x.dtype), self.where)
+
+    def backward(self, grad, x, parameters, kept, needs) -> tuple[Tensor | None, Tensors]:
+        weight = parameters[0].to(grad.dtype)  # autocast's dtype, as in forward
+        grad_x, *grads = convolve_backward(grad, x.to(grad.dtype), weight, self.where, needs)
+        return grad_x, tuple(grads)
+
+
+class _BatchNorm(NamedTuple):
+    """Parameters: weight, bias, running mean and running variance."""
+
+    training: bool
+    momentum: float
+    eps: float
+
+    def forward(self, x: Tensor, parameters: Tensors) -> tuple[Tensor, Tensors, Tensors]:
+        own = Parameters(*parameters)
+        y, statistics, updates = batch_norm(x, own, self.training, self.momentum, self.eps)
+        return y, tuple(statistics), updates
+
+    def replay(self, x: Tensor, parameters: Tensors, kept: Tensors) -> Tensor:
+        own, statistics = Parameters(*parameters), Statistics(*kept)
+        return batch_norm_replay(x, own, self.training, self.eps, statistics)
+
+    def backward(self, grad, x, parameters, kept, needs) -> tuple[Tensor | None, Tensors]:
+        own, statistics = Parameters(*parameters), Statistics(*kept)
+        grad_x, grad_weight, grad_bias = batch_norm_backward(
+            grad, x, own, self.training, self.eps, statistics, needs[:3]
+        )
+        return grad_x, (grad_weight, grad_bias, None, None)
+
+
+class _ReLU(NamedTuple):
+    """No parameters. In place within a chain: backward asks for the sign only, which stays."""
+
+    in_place: bool
+
+    def forward(self, x: Tensor, parameters: Tensors) -> tuple[Tensor, Tensors, Tensors]:
+        return self.replay(x, parameters, ()), (), ()
+
+    def replay(self, x: Tensor, parameters: Tensors, kept: Tensors) -> Tensor:
+        return x.relu_() if self.in_place else torch.relu(x)
+
+    def backward(self, grad, x, parameters, kept, needs) -> tuple[Tensor | None, Tensors]:
+        return torch.ops.aten.threshold_backward(grad, x, 0), ()
+
+
+class _MaxPool(NamedTuple):
+    """No parameters; keeps its packed indices."""
+
+    window: Window
+
+    def forward(self, x: Tensor, parameters: Tensors) -> tuple[Tensor, Tensors, Tensors]:
+        y, packed = max_pool(x, self.window)
+        return y, (packed,), ()
+
+    def replay(self, x: Tensor, parameters: Tensors, kept: Tensors) -> Tensor:
+        return torch.ops.aten.max_pool2d_with_indices(x, *self.window)[0]
+
+    def backward(self, grad, x, parameters, kept, needs) -> tuple[Tensor | None, Tensors]:
+        return max_pool_backward(grad, x, self.window, kept[0]), ()
+
+
+_Operation = _Convolution | _BatchNorm | _ReLU | _MaxPool
+
+
+def _operation(layer: nn.Module, x: Tensor, first: bool) -> tuple[_Operation, Tensors]:
+    """What a layer computes, and its tensors."""
+    if type(layer) is nn.Conv2d and layer.padding_mode == "zeros":
+        arguments = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        return _Convolution(geometry(layer.weight, *arguments)), (layer.weight, layer.bias)
+    if type(layer) is nn.BatchNorm2d:
+        return _batch_norm_operation(layer, x)
+    if type(layer) is nn.ReLU:
+        return _ReLU(in_place=not first), ()
+    if type(layer) is nn.MaxPool2d:
+        return _MaxPool(window_of(layer)), ()
+    raise TypeError(f"cannot replay {layer}; a chain takes Conv2d, BatchNorm2d, ReLU, MaxPool2d")
+
+
+def _batch_norm_operation(layer: nn.BatchNorm2d, x: Tensor) -> tuple[_BatchNorm, Tensors]:
+    weight, bias, mean, var = layer.weight, layer.bias, layer.running_mean, layer.running_var
+    training = layer.training or mean is None
+    momentum = layer.momentum
+    if momentum is None:  # a cumulative average
+        momentum = 1 / (1 + float(layer.num_batches_tracked)) if mean is not None else 0.0
+    if weight is None:
+        weight, bias = x.new_ones(layer.num_features), x.new_zeros(layer.num_features)
+    if mean is None:
+        mean, var = torch.zeros_like(weight), torch.ones_like(weight)
+    return _BatchNorm(training, momentum, layer.eps), (weight, bias, mean, var)
+
+
+def _update_running_statistics(layer: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> None:
+    if layer.running_mean is not None:
+        with torch.no_grad():
+            layer.num_batches_tracked.add_(1)
+            layer.running_mean.copy_(mean)
+            layer.running_var.copy_(var)
+
+
+def _autocast_state(x: Tensor) -> dict[str, object]:
+    """The arguments of ``torch.autocast`` that are in force for ``x``."""
+    device_type = x.device.type
+    return {
+        "device_type": device_type,
+        "dtype": torch.get_autocast_dtype(device_type),
+        "enabled": torch.is_autocast_enabled(device_type),
+    }
+
+
+def _split(items: tuple, sizes: list[int]) -> list[tuple]:
+    """Cut ``items`` into tuples of the given sizes, ignoring what is left over."""
+    iterator = iter(items)
+    return [tuple(itertools.islice(iterator, size)) for size in sizes]

@@ -1,0 +1,32 @@
+"""Autocast for functions that cast their weights themselves.
+
+PyTorch's autocast keeps a half-precision copy of every weight until backward. The functions here
+keep the weight itself and cast it again when they need it.
+"""
+
+import torch
+from torch import Tensor
+
+
+def cast_input(x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``x`` in the dtype in which its product with ``weight`` is computed.
+
+    That is autocast's dtype where autocast is on (float64 is left alone, as PyTorch does), and
+    the dtype of ``x`` elsewhere.
+
+    Raises:
+        ValueError: the dtypes of ``x`` and ``weight`` differ and autocast is off.
+    """
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device_type))
+    if x.dtype != weight.dtype:
+        raise ValueError(
+            f"input is {x.dtype} but weight is {weight.dtype}; cast one or use autocast"
+        )
+    return x
+
+
+def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """``tensor.to(dtype)`` for parameters that may be absent."""
+    return None if tensor is None else tensor.to(dtype)

@@ -1,0 +1,91 @@
+"""Batch normalisation as plain tensor functions: forward, replay and backward.
+
+They call the kernels that ``F.batch_norm`` calls (cuDNN's where PyTorch would choose it), so the
+results are bit-identical to it on the same device. In training nothing here touches the running
+statistics: the forward pass returns the new ones.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# For aten's functions: gradients of input, weight and bias.
+Needs = tuple[bool, bool, bool]
+
+
+class Parameters(NamedTuple):
+    """The tensors of a batch norm, each (C,)."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor | None  # absent in the backward pass of a training step
+    running_var: Tensor | None
+
+
+class Statistics(NamedTuple):
+    """What normalised a batch; all empty in evaluation, where the running statistics do."""
+
+    mean: Tensor  # (C,)
+    rstd: Tensor  # (C,), 1 / sqrt(variance + eps)
+    reserve: Tensor  # cuDNN's own; empty elsewhere
+
+
+def batch_norm(
+    x: Tensor, parameters: Parameters, training: bool, momentum: float, eps: float
+) -> tuple[Tensor, Statistics, tuple[Tensor, ...]]:
+    """Normalise ``x`` (N, C, ...).
+
+    Returns:
+        The result, what normalised it, and the new running mean and variance, if training.
+    """
+    if not training:
+        y, *statistics = torch.ops.aten._batch_norm_no_update(x, *parameters, momentum, eps)
+        return y, Statistics(*statistics), ()
+    y, mean, rstd, reserve, new_mean, new_var = torch.ops.aten._batch_norm_with_update_functional(
+        x, *parameters, momentum, eps
+    )
+    return y, Statistics(mean, rstd, reserve), (new_mean, new_var)
+
+
+def batch_norm_replay(
+    x: Tensor, parameters: Parameters, training: bool, eps: float, statistics: Statistics
+) -> Tensor:
+    """The result of ``batch_norm`` once more, bit for bit."""
+    if not training:
+        return batch_norm(x, parameters, training, 0.0, eps)[0]
+    mean, rstd, _ = statistics
+    if x.device.type != "cpu":
+        unused = parameters._replace(running_mean=mean, running_var=mean)
+        return batch_norm(x, unused, training, 0.0, eps)[0]
+    # In evaluation the CPU kernel computes x * (weight * rstd) + (bias - mean * weight * rstd) as
+    # it does in training; a variance of 1 and eps of 0 let the known rstd through unrounded.
+    scale = parameters.weight.to(rstd.dtype) * rstd
+    known = Parameters(scale, parameters.bias.to(rstd.dtype), mean, torch.ones_like(mean))
+    return torch.ops.aten._batch_norm_no_update(x, *known, 0.0, 0.0)[0]
+
+
+def batch_norm_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    parameters: Parameters,
+    training: bool,
+    eps: float,
+    statistics: Statistics,
+    needs: Needs,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of ``batch_norm`` for input, weight and bias; None where ``needs`` is False."""
+    mean, rstd, reserve = statistics
+    return torch.ops.aten.batch_norm_backward(
+        grad_output,
+        x,
+        parameters.weight,
+        None if training else parameters.running_mean,
+        None if training else parameters.running_var,
+        mean if training else None,
+        rstd if training else None,
+        training,
+        eps,
+        needs,
+        reserve,
+    )

@@ -1,0 +1,132 @@
+"""One bit per element: pack ``x > 0`` into bytes, and decode the bytes again.
+
+Bit ``i % 8`` of byte ``i // 8`` is set where element ``i`` is positive; zero, negative zero and
+NaN are not. Elements are taken in *memory order*, so a channels-last tensor is packed and decoded
+without a copy. The last byte is padded with zero bits.
+
+The two ``*_reference`` functions are the definition. On CPU, eight booleans are gathered by one
+64-bit product and decoding is a table look-up; on CUDA both are Triton kernels
+(``sign_pack_triton``, a file of its own so that nothing here needs Triton).
+"""
+
+import functools
+import sys
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Eight bytes that each hold 0 or 1, read as one little-endian integer, times this constant carry
+# byte i to bit 56 + i. The partial products 2**(8i + 56 - 7j) all differ, so nothing carries over.
+_GATHER_BITS = 0x0102040810204080
+
+
+class Layout(NamedTuple):
+    """What is needed beside the bits to decode them; make one with ``layout_of``."""
+
+    shape: torch.Size
+    order: tuple[int, ...]  # dimensions from the slowest to the fastest in memory
+
+
+def layout_of(x: Tensor) -> Layout:
+    """Shape and memory order of ``x``; dimensions of equal stride keep their order."""
+    order = sorted(range(x.dim()), key=lambda dim: -x.stride(dim))
+    return Layout(x.shape, tuple(order))
+
+
+def pack_sign(x: Tensor) -> Tensor:
+    """Return the sign bits of ``x``.
+
+    Args:
+        x: any shape, memory format and real dtype.
+
+    Returns:
+        uint8 tensor of ``ceil(x.numel() / 8)`` bytes, in the memory order of ``x``.
+    """
+    return _pack(x.permute(layout_of(x).order).reshape(-1))
+
+
+def unpack_sign(packed: Tensor, layout: Layout, dtype: torch.dtype, *, low: int = -1) -> Tensor:
+    """Decode the bits of ``pack_sign(x)``.
+
+    Args:
+        packed: what ``pack_sign`` returned.
+        layout: ``layout_of(x)``.
+        dtype: of the result.
+        low: value of a bit that is not set (-1, or 0 for inputs that are never negative).
+
+    Returns:
+        Tensor of the shape and memory format of ``x``: 1 where ``x > 0``, ``low`` elsewhere.
+    """
+    shape, order = layout
+    inverse = [order.index(dim) for dim in range(len(order))]
+    signs = _unpack(packed, shape.numel(), dtype, low)
+    return signs.view([shape[dim] for dim in order]).permute(inverse)
+
+
+def pack_sign_reference(x: Tensor) -> Tensor:
+    """Definition of the code: (n,) -> (ceil(n / 8),) uint8."""
+    bits = F.pad((x > 0).to(torch.uint8), (0, -x.numel() % 8)).view(-1, 8)
+    return (bits << _bit_positions(x.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack_sign_reference(packed: Tensor, numel: int, dtype: torch.dtype, low: int) -> Tensor:
+    """Definition of the decoded signs: (ceil(n / 8),) uint8 -> (n,), 1 where set, else ``low``."""
+    bits = (packed[:, None] >> _bit_positions(packed.device) & 1).bool()
+    return torch.where(bits.view(-1)[:numel], 1, low).to(dtype)
+
+
+def _bit_positions(device: torch.device) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)
+
+
+@torch.library.custom_op("aal::pack_sign", mutates_args=())
+def _pack(x: Tensor) -> Tensor:
+    if x.device.type != "cpu" or sys.byteorder != "little":
+        return pack_sign_reference(x)
+    padding = -x.numel() % 8
+    if padding:
+        bits = torch.zeros(x.numel() + padding, dtype=torch.bool, device=x.device)
+        torch.gt(x, 0, out=bits[: x.numel()])
+    else:
+        bits = x > 0
+    return bits.view(torch.int64).mul_(_GATHER_BITS).bitwise_right_shift_(56).to(torch.uint8)
+
+
+@_pack.register_kernel("cuda")
+def _(x: Tensor) -> Tensor:
+    from aal.ops.sign_pack_triton import pack_sign_triton
+
+    return pack_sign_triton(x)
+
+
+@_pack.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
+
+
+@torch.library.custom_op("aal::unpack_sign", mutates_args=())
+def _unpack(packed: Tensor, numel: int, dtype: torch.dtype, low: int) -> Tensor:
+    table = _decoding_table(dtype, low, packed.device)
+    return F.embedding(packed.int(), table).view(dtype).view(-1)[:numel]
+
+
+@_unpack.register_kernel("cuda")
+def _(packed: Tensor, numel: int, dtype: torch.dtype, low: int) -> Tensor:
+    from aal.ops.sign_pack_triton import unpack_sign_triton
+
+    return unpack_sign_triton(packed, numel, dtype, low)
+
+
+@_unpack.register_fake
+def _(packed: Tensor, numel: int, dtype: torch.dtype, low: int) -> Tensor:
+    return packed.new_empty(numel, dtype=dtype)
+
+
+@functools.cache
+def _decoding_table(dtype: torch.dtype, low: int, device: torch.device) -> Tensor:
+    """The eight decoded signs of every byte; seen as float64, a gather moves few wide words."""
+    every_byte = torch.arange(256, dtype=torch.uint8, device=device)
+    signs = unpack_sign_reference(every_byte, 256 * 8, dtype, low)
+    return signs.view(256, 8).view(torch.float64)

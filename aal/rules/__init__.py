@@ -1,0 +1,1 @@
+"""The learning rules: what stands in for a layer's input in its weight gradient."""

@@ -1,0 +1,233 @@
+"""ABA, auxiliary bias activation: one learned vector stands in for a layer's input.
+
+The layer multiplies ``h = x + a`` with a vector ``a`` of one value per input feature or channel,
+and its weight gradient uses ``a`` alone, enlarged by ``lr_expansion``. As ``a`` is the same for
+every row, that gradient is a rank-one product: the sum of ``grad_output`` times ``a``.
+
+Source: Woo and Jeon, "Learning with Auxiliary Activation for Memory-Efficient Training",
+ICLR 2023.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from aal.ops.autocast import cast, cast_input
+from aal.ops.convolution import (
+    Geometry,
+    Pair,
+    convolve,
+    convolve_backward,
+    geometry,
+    shape_only,
+    tap_sums,
+)
+from aal.rules.layer import Conv2dRule, batched
+
+
+class LinearABAFunction(torch.autograd.Function):
+    """Linear layer that learns its weight from a learned vector instead of its input.
+
+    Forward     y = (x + a) @ W.T + b
+    Backward    grad_input  = grad_output @ W                       exact
+                grad_weight = lr_expansion * outer(sum of grad_output over rows, a)
+                                                                    approximate: a for x + a
+                grad_bias   = sum of grad_output over rows          exact
+                grad_a      = sum of grad_input over rows           exact
+
+    Shapes      x (..., C)   a (C,)   W (D, C)   b (D,) or None   y (..., D)
+    Saves       a and W by reference: no activation. A stock layer keeps x.
+    Edge cases  no double backward.
+    Source      the ICLR 2023 paper, auxiliary bias activation.
+    """
+
+    @staticmethod
+    def forward(ctx, x, aux, weight, bias, lr_expansion: float):
+        ctx.lr_expansion, ctx.dtype = lr_expansion, x.dtype
+        ctx.save_for_backward(aux, weight)
+        return F.linear(x + aux.to(x.dtype), weight.to(x.dtype), cast(bias, x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor):
+        aux, weight = ctx.saved_tensors
+        needs_input, needs_aux, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        row_sum = grad_output.reshape(-1, weight.shape[0]).sum(0, dtype=weight.dtype)
+        grad_input = grad_aux = grad_weight = None
+        if needs_input:
+            grad_input = grad_output @ weight.to(ctx.dtype)
+        if needs_aux:
+            grad_aux = row_sum @ weight
+        if needs_weight:
+            grad_weight = torch.outer(row_sum * ctx.lr_expansion, aux)
+        return grad_input, grad_aux, grad_weight, row_sum if needs_bias else None, None
+
+
+class Conv2dABAFunction(torch.autograd.Function):
+    """Convolution that learns its weight from one learned value per input channel.
+
+    Forward     y = conv(x + a, W) + b, zeros padded after the addition
+    Backward    grad_input  = transposed conv(grad_output, W)          exact
+                grad_weight[d, c, k, l] = lr_expansion * S[d, k, l] * a[c]
+                                                                       approximate: a for x + a
+                grad_bias   = sum of grad_output over N, H', W'        exact
+                grad_a      = sum of grad_input over N, H, W           exact
+
+                S[d, k, l] sums grad_output over the places where tap (k, l) of the kernel lies
+                inside the image: next to zero padding the taps see different parts of it.
+
+    Shapes      x (N, C, H, W)   a (C,)   W (D, C / groups, K, L)   b (D,) or None
+                y (N, D, H', W')
+    Saves       a and W by reference: no activation. A stock layer keeps x.
+    Edge cases  no double backward.
+    Source      the ICLR 2023 paper, auxiliary bias activation.
+    """
+
+    @staticmethod
+    def forward(ctx, x, aux, weight, bias, where: Geometry, lr_expansion: float):
+        ctx.where, ctx.shape, ctx.dtype = where, x.shape, x.dtype
+        ctx.lr_expansion = lr_expansion
+        ctx.save_for_backward(aux, weight)
+        h = x + aux.to(x.dtype)[:, None, None]
+        return convolve(h, weight.to(x.dtype), cast(bias, x.dtype), where)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor):
+        aux, weight = ctx.saved_tensors
+        needs_input, needs_aux, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+        grad_input = grad_aux = grad_weight = grad_bias = None
+        if needs_input or needs_bias:
+            grad_input, _, grad_bias = convolve_backward(
+                grad_output,
+                shape_only(grad_output, ctx.shape),
+                weight.to(ctx.dtype),
+                ctx.where,
+                (needs_input, False, needs_bias),
+            )
+        if needs_aux or needs_weight:
+            groups = ctx.where.groups
+            sums = tap_sums(grad_output, weight.shape[2:], ctx.shape[2:], ctx.where)
+            sums = sums.to(weight.dtype).unflatten(0, (groups, -1))  # (G, D / G, K, L)
+        if needs_aux:
+            kernels = weight.unflatten(0, (groups, -1))  # (G, D / G, C / G, K, L)
+            grad_aux = torch.einsum("gdckl,gdkl->gc", kernels, sums).flatten()
+        if needs_weight:
+            channels = aux.view(groups, 1, -1, 1, 1)  # (G, 1, C / G, 1, 1)
+            grad_weight = (ctx.lr_expansion * sums[:, :, None] * channels).flatten(0, 1)
+        return grad_input, grad_aux, grad_weight, grad_bias, None, None
+
+
+def linear_aba(
+    x: Tensor,
+    aux: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    lr_expansion: float = 100.0,
+) -> Tensor:
+    """``F.linear`` of ``x + aux`` that keeps no activation.
+
+    Args:
+        x: (..., C).
+        aux: (C,), learned by its exact gradient.
+        weight: (D, C).
+        bias: (D,) or None.
+        lr_expansion: factor on the weight gradient.
+
+    Returns:
+        (..., D); see ``LinearABAFunction`` for what is exact.
+    """
+    return LinearABAFunction.apply(cast_input(x, weight), aux, weight, bias, lr_expansion)
+
+
+def conv2d_aba(
+    x: Tensor,
+    aux: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Pair = 1,
+    padding: int | Pair | str = 0,
+    dilation: int | Pair = 1,
+    groups: int = 1,
+    *,
+    lr_expansion: float = 100.0,
+) -> Tensor:
+    """``F.conv2d`` of ``x + aux`` that keeps no activation.
+
+    Args:
+        x: (N, C, H, W) or (C, H, W).
+        aux: (C,), learned by its exact gradient.
+        weight, bias, stride, padding, dilation, groups: as in ``F.conv2d``.
+        lr_expansion: factor on the weight gradient.
+
+    Returns:
+        (N, D, H', W'); see ``Conv2dABAFunction`` for what is exact.
+    """
+    where = geometry(weight, stride, padding, dilation, groups)
+
+    def apply(x: Tensor) -> Tensor:
+        return Conv2dABAFunction.apply(x, aux, weight, bias, where, lr_expansion)
+
+    return batched(apply, cast_input(x, weight))
+
+
+class _BiasLayer:
+    """The vector and the gain of both ABA layers; stands before the layer of PyTorch."""
+
+    def __init__(self, *args, lr_expansion: float = 100.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.lr_expansion = lr_expansion
+        fan_in = self.in_features if isinstance(self, nn.Linear) else self.in_channels
+        self.aux = nn.Parameter(self.weight.new_empty(fan_in))
+        nn.init.uniform_(self.aux, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, lr_expansion={self.lr_expansion}"
+
+
+class LinearABA(_BiasLayer, nn.Linear):
+    """``nn.Linear`` under ABA: its parameters plus ``aux`` (in_features,), uniform in ±1/√C.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as ``nn.Linear``.
+        lr_expansion: factor on the weight gradient.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See ``linear_aba``."""
+        return linear_aba(x, self.aux, self.weight, self.bias, lr_expansion=self.lr_expansion)
+
+    def stock_forward(self, x: Tensor) -> Tensor:
+        """Backpropagation: what ``nn.Linear`` computes and keeps."""
+        return nn.Linear.forward(self, x)
+
+    def auxiliary(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
+        """See ``aal.rules.layer``."""
+        return x + self.aux, self.aux.expand(x.shape), self.lr_expansion
+
+
+class Conv2dABA(_BiasLayer, Conv2dRule):
+    """``nn.Conv2d`` under ABA: its parameters plus ``aux`` (in_channels,), uniform in ±1/√C.
+
+    Args:
+        All arguments of ``nn.Conv2d``; ``padding_mode`` must be "zeros".
+        lr_expansion: factor on the weight gradient.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See ``conv2d_aba``."""
+        options = {**self.arguments(), "lr_expansion": self.lr_expansion}
+        return conv2d_aba(x, self.aux, self.weight, self.bias, **options)
+
+    def stock_forward(self, x: Tensor) -> Tensor:
+        """Backpropagation: what ``nn.Conv2d`` computes and keeps."""
+        return nn.Conv2d.forward(self, x)
+
+    def auxiliary(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
+        """See ``aal.rules.layer``."""
+        aux = self.aux[:, None, None].expand(x.shape)
+        return x + aux, aux, self.lr_expansion
