@@ -1,6 +1,12 @@
 """The Learning Indicator: how well an auxiliary activation stands in for the true one."""
 
-from torch import Tensor
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+_VALUES_PER_CALL = 512
 
 
 def learning_indicator(h: Tensor, r: Tensor, *, start_dim: int = 1) -> Tensor:
@@ -25,3 +31,88 @@ def learning_indicator(h: Tensor, r: Tensor, *, start_dim: int = 1) -> Tensor:
         h, r = h.float(), r.float()
     dims = tuple(range(start_dim % h.dim(), h.dim()))
     return (r * (2 * h - r)).sum(dims) / (h.square().sum(dims) + 1e-6)
+
+
+class IndicatorRecorder:
+    """Collects Learning Indicators of a model's auxiliary layers, on the steps that it is asked to.
+
+    Between samples it costs nothing, and it holds at most ``_VALUES_PER_CALL`` numbers per layer
+    and sampled call, whatever the batch.
+
+    Args:
+        model: its layers with an ``auxiliary`` method (see ``aal.rules.layer``) are watched.
+
+    Raises:
+        ValueError: the model has no such layer.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.layers = {
+            name: module for name, module in model.named_modules() if hasattr(module, "auxiliary")
+        }
+        if not self.layers:
+            raise ValueError("no layer has an auxiliary activation, so there is nothing to record")
+        self._raw: dict[str, list[Tensor]] = {name: [] for name in self.layers}
+        self._scaled: dict[str, list[Tensor]] = {name: [] for name in self.layers}
+
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Record the forward passes inside the ``with`` block."""
+        handles = [
+            layer.register_forward_pre_hook(
+                lambda layer, inputs, name=name: self._record(name, layer, inputs)
+            )
+            for name, layer in self.layers.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def take(self) -> Tensor:
+        """Return what was recorded since the last call, and forget it.
+
+        Returns:
+            (2, layers, samples) float32: the indicator of the auxiliary activation, as the paper
+            plots it, and of the same enlarged by ``lr_expansion``, as the update uses it.
+        """
+        both = (self._raw, self._scaled)
+        rows = [[torch.cat(parts) for parts in values.values()] for values in both]
+        for values in both:
+            for parts in values.values():
+                parts.clear()
+        return torch.stack([torch.stack(row) for row in rows])
+
+    def summary(self, values: Tensor) -> dict[str, dict[str, float]]:
+        """Per layer, of what ``take`` returned: median, 5 % quantile and share above 0.
+
+        ``scaled_median`` is the median with ``lr_expansion``.
+        """
+        raw, scaled = values.cpu()
+        columns = {
+            "median": raw.quantile(0.5, dim=1),
+            "quantile_05": raw.quantile(0.05, dim=1),
+            "positive": (raw > 0).float().mean(1),
+            "scaled_median": scaled.quantile(0.5, dim=1),
+        }
+        return {
+            name: {column: round(row[i].item(), 6) for column, row in columns.items()}
+            for i, name in enumerate(self.layers)
+        }
+
+    @torch.no_grad()
+    def _record(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        h, r, gain = layer.auxiliary(*inputs)
+        start_dim = 1 if h.dim() == 4 else -1
+        for values, stand_in in ((self._raw, r), (self._scaled, gain * r)):
+            indicator = learning_indicator(h, stand_in, start_dim=start_dim).float().flatten()
+            values[name].append(_thinned(indicator))
+
+
+def _thinned(values: Tensor) -> Tensor:
+    """At most ``_VALUES_PER_CALL`` of the values, evenly spaced."""
+    if values.numel() <= _VALUES_PER_CALL:
+        return values
+    places = torch.linspace(0, values.numel() - 1, _VALUES_PER_CALL, device=values.device)
+    return values[places.long()]

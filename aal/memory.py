@@ -96,7 +96,7 @@ def report(model: nn.Module, *inputs: Any) -> Report:
         A ``Report``. A storage counts for the module that saved it first; modules that save
         nothing either way are left out. Buffers and random state of the model are as before.
     """
-    with _preserved(model), torch.enable_grad():
+    with preserved(model), torch.enable_grad():
         saved = _measure_modules(model, inputs)
         with _stock(model):
             stock = _measure_modules(model, inputs)
@@ -109,7 +109,7 @@ def report(model: nn.Module, *inputs: Any) -> Report:
 
 
 @contextlib.contextmanager
-def _preserved(model: nn.Module) -> Iterator[None]:
+def preserved(model: nn.Module) -> Iterator[None]:
     """Put buffers and random state back afterwards."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     devices = {buffer.device for buffer in model.buffers()} | {p.device for p in model.parameters()}

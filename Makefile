@@ -1,0 +1,27 @@
+# "make demo" and "make test" do all the set-up themselves; Python (3.11 or newer) is all they need.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test bench-cpu clean
+
+demo: setup
+	$(BIN)/python benchmarks/demo.py
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+bench-cpu: setup
+	$(BIN)/python benchmarks/resnet_memory.py
+	$(BIN)/python benchmarks/resnet_speed.py
+
+# Installed anew only when the requirements have changed.
+setup:
+	@cmp -s pyproject.toml .venv/installed.toml || { \
+		$(PYTHON) -m venv .venv && \
+		$(BIN)/python -m pip install --quiet --editable ".[dev]" && \
+		cp pyproject.toml .venv/installed.toml; }
+
+clean:
+	rm -rf .venv

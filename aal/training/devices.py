@@ -1,0 +1,134 @@
+"""Devices and processes: one process per device, started by the script itself or by torchrun."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from aal.training.command_line import UserError
+
+
+@dataclass(frozen=True)
+class Worker:
+    """This process: its device and its place among the processes of the run."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum a tensor over all processes."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Concatenate a tensor of equal shape from all processes along its last dimension."""
+        if self.world_size == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.world_size)]
+        dist.all_gather(parts, values.contiguous())
+        return torch.cat(parts, dim=-1)
+
+
+def parse_devices(words: Sequence[str] | None) -> list[torch.device]:
+    """Turn ``--device`` into devices: GPU indices, "cpu" (once per process), or nothing.
+
+    Raises:
+        UserError: a GPU that this machine lacks, a repeated GPU, CPU and GPU together, or text.
+    """
+    available = torch.cuda.device_count()
+    if not words:
+        return [torch.device("cuda", 0) if available else torch.device("cpu")]
+    if all(word == "cpu" for word in words):
+        return [torch.device("cpu")] * len(words)
+    indices = [int(word) for word in words if word.isdecimal()]
+    if len(indices) < len(words):
+        raise UserError(f"--device takes GPU indices or cpu, got {' '.join(words)}")
+    if missing := [index for index in indices if index >= available]:
+        has = f"{available} CUDA device{'s' if available != 1 else ''}"
+        raise UserError(f"--device {missing[0]}: this machine has {has}; use --device cpu")
+    if len(set(indices)) < len(indices):
+        raise UserError(f"--device names a GPU twice: {' '.join(words)}")
+    return [torch.device("cuda", index) for index in indices]
+
+
+def is_launched() -> bool:
+    """Is this one of several processes, started by ``launch`` or torchrun?"""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def is_first() -> bool:
+    """Is this the only process, or the first of several?"""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def launch(script: str, arguments: Sequence[str], num_processes: int) -> int:
+    """Run ``script`` once per device and return the first bad exit status, or 0.
+
+    When one process fails the others are stopped: they would wait for it for ever.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(num_processes):
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes}
+        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = os.environ | {name: str(value) for name, value in own.items()}
+        processes.append(subprocess.Popen([sys.executable, script, *arguments], env=environment))
+    try:
+        while True:
+            statuses = [process.poll() for process in processes]
+            failed = next((status for status in statuses if status), 0)
+            if failed or None not in statuses:
+                return failed
+            time.sleep(0.1)
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
+
+
+@contextlib.contextmanager
+def joined(devices: Sequence[torch.device]):
+    """Join the other processes, if there are any; yield this process's ``Worker``."""
+    if not is_launched():
+        if devices[0].type == "cuda":
+            torch.cuda.set_device(devices[0])
+        yield Worker(devices[0])
+        return
+    local_rank = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+    device = devices[local_rank] if len(devices) > 1 else devices[0]
+    if len(devices) == 1 and device.type == "cuda":  # torchrun without --device
+        device = torch.device("cuda", local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Worker(device, dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed PyTorch on every device; nothing else here draws random numbers."""
+    torch.manual_seed(seed)

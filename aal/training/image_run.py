@@ -1,0 +1,272 @@
+"""One run of an image classifier from its command line: train, resume, score or try out."""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from aal.indicator import IndicatorRecorder
+from aal.memory import MIB
+from aal.training import data, devices
+from aal.training.command_line import (
+    Parser,
+    UserError,
+    non_negative_int,
+    positive_float,
+    positive_int,
+)
+from aal.training.devices import Worker
+from aal.training.files import read_checkpoint
+from aal.training.loop import AMP_DTYPES, Trainer, evaluate
+from aal.training.run_folder import RunFolder, check_agrees
+from aal.training.schedule import SCHEDULERS, learning_rate
+
+# What tells runs of one network apart; named where it differs from the recipe's value.
+_SETTINGS = ("optimizer", "scheduler", "lr", "batch_size", "epochs", "amp", "seed")
+_WEIGHT_DECAY = {"sgd": 1e-4, "adam": 0.0}
+
+
+def add_arguments(parser: Parser, *, lr: float, epochs: int, batch_size: int) -> None:
+    """Add the flags that all image scripts share, with the recipe's values as defaults."""
+    add, absent = parser.add_argument, argparse.SUPPRESS
+    paths = ("--data-path", "--imagenet-data-path", "--tiny-imagenet-data-path")
+    add("--dataset", choices=data.DATASETS, default="cifar10", help="images to learn")
+    add(*paths, type=Path, default=Path("data"), help="folder that holds the data set")
+    add("--optimizer", choices=_WEIGHT_DECAY, default="sgd", help="update rule")
+    add("--scheduler", choices=SCHEDULERS, default="cos", help="course of the step size")
+    add("--lr", type=positive_float, default=lr, help="largest step size")
+    add("--epochs", type=positive_int, default=epochs, help="passes over the training images")
+    help = "images per step, all devices together"
+    add("--batch-size", type=positive_int, default=batch_size, help=help)
+    add("--test-batch-size", type=positive_int, default=512, help="images per batch when scoring")
+    add("--amp", choices=AMP_DTYPES, default="off", help="mixed precision")
+    help = "GPU indices, one process each, or cpu; if not given, GPU 0 or else cpu"
+    add("--device", nargs="+", metavar="DEVICE", default=absent, help=help)
+    help = "data-loading processes per device; if not given, 4, for digits 0"
+    add("--workers", type=non_negative_int, default=absent, help=help)
+    add("--seed", type=non_negative_int, default=0, help="of weights, order and augmentation")
+    add("--output", type=Path, default=Path("results"), help="parent of the run's own folder")
+    help = "checkpoint to score on the test images; trains nothing"
+    add("--model-path", type=Path, default=absent, help=help)
+    parser.add_switch("--get-li", help="record Learning Indicators")
+    parser.add_switch("--resume", help="continue the run of the same settings")
+    parser.add_switch("--checkpoint", help="the old name of --resume")
+    parser.add_switch("--dry-run", help="two steps on random images; writes nothing")
+
+
+@dataclass
+class ImageRun:
+    """A run whose settings have been checked; ``execute`` does it.
+
+    Args:
+        args: parsed flags, those of ``add_arguments`` among them.
+        recipe: values of shared settings that the name of a run need not mention.
+        options: the script's own settings, to be recorded.
+        function: what fixes the function that the network computes, by flag. A checkpoint can be
+            scored only by a network that agrees in it.
+        title: readable form of ``options``.
+        build: makes the network for a data set.
+        load_weights: loads a state dict into it, or raises ``ValueError``.
+
+    Raises:
+        UserError: anything that the user can put right.
+    """
+
+    args: argparse.Namespace
+    recipe: Mapping[str, Any]
+    options: Mapping[str, Any]
+    function: Mapping[str, Any]
+    title: str
+    build: Callable[[data.Description], nn.Module]
+    load_weights: Callable[[nn.Module, Mapping[str, Tensor]], None]
+    recorder: IndicatorRecorder | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        args = self.args
+        self.devices = devices.parse_devices(vars(args).get("device"))
+        if args.batch_size % len(self.devices):
+            size, count = args.batch_size, len(self.devices)
+            raise UserError(f"--batch-size {size} does not divide by {count} devices")
+        settings = {name: getattr(args, name) for name in _SETTINGS}
+        self.config = {"dataset": args.dataset, **self.options, **settings}
+        self.function = {"dataset": args.dataset, **self.function}
+        self.resume = args.resume or args.checkpoint
+        devices.seed_everything(args.seed)
+        self.model = self.build(data.DATASETS[args.dataset])
+        if args.get_li:
+            try:
+                self.recorder = IndicatorRecorder(self.model)
+            except ValueError as error:
+                raise UserError(f"--get-li: {error}") from error
+        self.folder = None
+        if "model_path" in args:
+            self._load_weights(args.model_path)
+        elif not args.dry_run:
+            self.folder = RunFolder(args.output, self.name())
+            if devices.is_first():
+                self.folder.check(self.resume)
+        if args.dry_run:
+            self.parts = data.synthetic(args.dataset, args.batch_size)
+        else:
+            self.parts = data.load(args.dataset, args.data_path)
+        default = data.DATASETS[args.dataset].workers
+        self.workers = 0 if args.dry_run else vars(args).get("workers", default)
+
+    def name(self) -> str:
+        """Readable, and different for runs of different settings."""
+        words = [self.args.dataset, self.title]
+        for name in _SETTINGS:
+            if self.config[name] != self.recipe.get(name, self.config[name]):
+                words.append(f"{name.replace('_', '-')}-{self.config[name]}")
+        return "_".join(words)
+
+    def execute(self, worker: Worker) -> None:
+        """Score a checkpoint, try two steps, or train and then score the best epoch."""
+        self.model.to(worker.device)
+        if "model_path" in self.args:
+            self._print_test(self._score(self.parts.test, worker, "test"), worker)
+        elif self.args.dry_run:
+            self._try_out(worker)
+        else:
+            self._train(worker)
+
+    def _trainer(self, worker: Worker) -> tuple[Trainer, Any]:
+        args = self.args
+        loader = data.train_loader(
+            self.parts.train, args.batch_size, self.workers, args.seed, worker
+        )
+        rate = partial(
+            learning_rate,
+            args.scheduler,
+            steps_per_epoch=len(loader),
+            epochs=args.epochs,
+            peak=args.lr,
+        )
+        parameters, decay = self.model.parameters(), _WEIGHT_DECAY[args.optimizer]
+        if args.optimizer == "sgd":
+            optimizer = torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=decay)
+        else:
+            optimizer = torch.optim.Adam(parameters, args.lr, weight_decay=decay)
+        model = self.model
+        if worker.world_size > 1:
+            index = [worker.device] if worker.device.type == "cuda" else None
+            model = DistributedDataParallel(model, device_ids=index)
+        return Trainer(model, optimizer, rate, worker, args.amp, self.recorder), loader
+
+    def _try_out(self, worker: Worker) -> None:
+        trainer, loader = self._trainer(worker)
+        trainer.measure_saved_mib(loader)
+        train = trainer.train_epoch(loader, "dry run")
+        validation = self._score(self.parts.validation, worker, "dry run")
+        if worker.is_main:
+            print(
+                f"dry run: {trainer.step} steps, loss {train['loss']:.4f}, then "
+                f"{validation['loss']:.4f}; saved {trainer.saved_mib:.1f} MiB, "
+                f"{train['samples_per_s']:.1f} samples/s; nothing was written"
+            )
+
+    def _train(self, worker: Worker) -> None:
+        trainer, loader = self._trainer(worker)
+        first_epoch, best = 0, float("-inf")
+        if self.resume:
+            state = self.folder.resume(self.config)
+            trainer.load_state(state)
+            first_epoch, best = state["epoch"], state["best_accuracy"]
+        elif worker.is_main:
+            self.folder.start(self.config)
+        trainer.measure_saved_mib(loader)
+        for epoch in range(first_epoch, self.args.epochs):
+            row, indicator = self._epoch(trainer, loader, epoch, worker)
+            is_best = row["val_accuracy"] > best
+            best = max(best, row["val_accuracy"])
+            if worker.is_main:
+                state = trainer.state() | {"config": self.config, "function": self.function}
+                state |= {
+                    "epoch": epoch + 1,
+                    "val_accuracy": row["val_accuracy"],
+                    "best_accuracy": best,
+                }
+                self.folder.finish_epoch(row, indicator, state, is_best)
+                print(_line(row, self.args.epochs), flush=True)
+        worker.barrier()
+        self._load_weights(self.folder.best)
+        test = self._score(self.parts.test, worker, "test")
+        if worker.is_main:
+            self.folder.finish(test)
+            self._print_test(test, worker)
+            print(f"run folder: {self.folder.path}")
+
+    def _epoch(self, trainer: Trainer, loader: Any, epoch: int, worker: Worker):
+        """Train and validate once; returns the row of metrics and the indicators, if any."""
+        if worker.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(worker.device)
+        loader.sampler.set_epoch(epoch)
+        title = f"epoch {epoch + 1}/{self.args.epochs}"
+        train = trainer.train_epoch(loader, title)
+        peak = None
+        if worker.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(worker.device) / MIB
+        validation = self._score(self.parts.validation, worker, title)
+        row = {
+            "epoch": epoch + 1,
+            "step": trainer.step,
+            "train_loss": train["loss"],
+            "train_accuracy": train["accuracy"],
+            "val_loss": validation["loss"],
+            "val_accuracy": validation["accuracy"],
+            "learning_rate": trainer.optimizer.param_groups[0]["lr"],
+            "saved_mib": trainer.saved_mib,
+            "peak_mib": peak,
+            "samples_per_s": train["samples_per_s"],
+            "seconds": train["seconds"],
+        }
+        if self.recorder is None:
+            return row, None
+        values = worker.gather(self.recorder.take())
+        row["indicator"] = self.recorder.summary(values)
+        return row, values[0].cpu().numpy()
+
+    def _score(self, part: Any, worker: Worker, title: str) -> dict[str, float]:
+        loader = data.evaluation_loader(part, self.args.test_batch_size, self.workers, worker)
+        return evaluate(self.model, loader, worker, self.args.amp, title)
+
+    def _load_weights(self, path: Path) -> None:
+        """Load one of our checkpoints, or a bare state dict such as torchvision's."""
+        state = read_checkpoint(path)
+        check_agrees(path, state.get("function", {}), self.function)
+        try:
+            self.load_weights(self.model, state.get("model", state))
+        except (ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(f"{path}: {error}") from error
+
+    def _print_test(self, test: dict[str, float], worker: Worker) -> None:
+        if worker.is_main:
+            print(
+                f"test accuracy {test['accuracy']:.2f} %, loss {test['loss']:.4f} "
+                f"({test['samples']:.0f} images)"
+            )
+
+
+def run(image_run: ImageRun, script: str, arguments: Sequence[str]) -> int:
+    """Execute a run, in one process per device; returns the exit status."""
+    if len(image_run.devices) > 1 and not devices.is_launched():
+        return devices.launch(script, arguments, len(image_run.devices))
+    with devices.joined(image_run.devices) as worker:
+        image_run.execute(worker)
+    return 0
+
+
+def _line(row: Mapping[str, Any], epochs: int) -> str:
+    return (
+        f"epoch {row['epoch']}/{epochs}  "
+        f"train loss {row['train_loss']:.4f}, {row['train_accuracy']:.2f} %  "
+        f"validation loss {row['val_loss']:.4f}, {row['val_accuracy']:.2f} %  "
+        f"saved {row['saved_mib']:.1f} MiB  {row['samples_per_s']:.1f} samples/s  "
+        f"{row['seconds']:.1f} s"
+    )

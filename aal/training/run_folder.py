@@ -1,0 +1,148 @@
+"""The folder of one run: configuration, environment, metrics, indicators and checkpoints."""
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from aal.training.command_line import UserError
+from aal.training.files import (
+    read_checkpoint,
+    write_array,
+    write_checkpoint,
+    write_json,
+    write_text,
+)
+
+
+class RunFolder:
+    """``<output>/<experiment>/``; every file in it is written whole or not at all.
+
+    Args:
+        output: parent folder.
+        experiment: name that tells the run apart.
+    """
+
+    def __init__(self, output: Path, experiment: str):
+        self.path, self.experiment = output / experiment, experiment
+        self.metrics: list[dict[str, Any]] = []
+        self.indicators: list[np.ndarray] = []
+
+    @property
+    def last(self) -> Path:
+        return self.path / "last.pth"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best.pth"
+
+    def check(self, resume: bool) -> None:
+        """Raise ``UserError`` if there is a run and none should be, or the other way round."""
+        if resume and not self.last.is_file():
+            raise UserError(f"nothing to resume: there is no {self.last}")
+        if self.path.exists() and not resume:
+            raise UserError(
+                f"{self.path} already holds a run; --resume continues it, --output names another "
+                "place"
+            )
+
+    def start(self, config: dict[str, Any]) -> None:
+        """Create the folder and record what runs, and where."""
+        try:
+            self.path.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"cannot create {self.path}: {error.strerror}") from error
+        write_json(self.path / "config.json", config)
+        write_json(self.path / "environment.json", environment())
+
+    def resume(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the last full state, and read the records that go with it.
+
+        Raises:
+            UserError: a file is damaged, or belongs to a run with other settings.
+        """
+        state = read_checkpoint(self.last)
+        check_agrees(self.last, state["config"], config)
+        try:
+            lines = (self.path / "metrics.jsonl").read_text().splitlines()
+            self.metrics = [json.loads(line) for line in lines[: state["epoch"]]]
+            if self._indicator_file.is_file():
+                self.indicators = list(np.load(self._indicator_file)[: state["epoch"]])
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"the records in {self.path} are damaged: {error}") from error
+        return state
+
+    def finish_epoch(
+        self, row: dict[str, Any], indicator: np.ndarray | None, state: dict[str, Any], best: bool
+    ) -> None:
+        """Record an epoch. The full state comes last: until it is there, the epoch is redone."""
+        self.metrics.append(row)
+        lines = "".join(json.dumps(metrics) + "\n" for metrics in self.metrics)
+        write_text(self.path / "metrics.jsonl", lines)
+        columns = ("train_accuracy", "val_accuracy", "train_loss", "val_loss")
+        table = [[metrics[column] for column in columns] for metrics in self.metrics]
+        write_array(self.path / f"{self.experiment}.npy", np.array(table))
+        if indicator is not None:
+            self.indicators.append(indicator)
+            write_array(self._indicator_file, np.stack(self.indicators))
+        if best:
+            kept = ("model", "config", "function", "epoch", "val_accuracy")
+            write_checkpoint(self.best, {name: state[name] for name in kept})
+        write_checkpoint(self.last, state)
+
+    def finish(self, test: dict[str, Any]) -> None:
+        """Record the score of the best checkpoint on the test part."""
+        write_json(self.path / "test.json", test)
+
+    @property
+    def _indicator_file(self) -> Path:
+        return self.path / f"{self.experiment}_li.npy"
+
+
+def check_agrees(path: Path, made_with: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise ``UserError`` if a checkpoint was made with other settings than the wanted ones."""
+    for name, value in wanted.items():
+        if made_with.get(name, value) != value:
+            flag = name.replace("_", "-")
+            raise UserError(f"{path} was made with --{flag} {made_with[name]}, not {value}")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and commit, to be stored beside every number."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "cuda": torch.version.cuda if gpus else None,
+        "gpus": gpus,
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    """The processor's model where Linux tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the source tree, marked if it has changes; None outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        source = Path(__file__).parent
+        result = subprocess.run(command, cwd=source, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()

@@ -1,0 +1,117 @@
+"""Saved bytes of ResNet-50 under every rule, against torchvision's ResNet-50.
+
+    python benchmarks/resnet_memory.py
+
+Bytes that autograd holds after one forward pass of 3x224x224 images in float32, batch 2,
+parameters and the images themselves excluded; then bytes per pixel and inner channel of one
+bottleneck inside a stage, in bfloat16; then bits per element of the inputs of ASA layers. The
+numbers are counts, the same on every machine.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from record import record
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "ResNet"))
+
+from resnet import Bottleneck, build  # noqa: E402
+from torchvision.models import resnet50  # noqa: E402
+
+from aal import Conv2dARA, Conv2dASA  # noqa: E402
+from aal.indicator import IndicatorRecorder  # noqa: E402
+from aal.memory import MIB, saved_bytes  # noqa: E402
+
+BATCH = 2
+SETTINGS = {
+    "bp": {},
+    "bp, lean exact": {"lean": "exact"},
+    "bp + gcp": {"lean": "exact", "gcp": True},
+    "ara (2,2,2,2), lean exact": {"rule": "ara", "lean": "exact"},
+    "ara (3,4,2,2), lean exact": {"rule": "ara", "ara_stride": (3, 4, 2, 2), "lean": "exact"},
+    "ara (3,4,6,2), lean exact": {"rule": "ara", "ara_stride": (3, 4, 6, 2), "lean": "exact"},
+    "ara (2,2,2,2) + gcp": {"rule": "ara", "lean": "exact", "gcp": True},
+    "ara (3,4,2,2) + gcp": {
+        "rule": "ara", "ara_stride": (3, 4, 2, 2), "lean": "exact", "gcp": True,
+    },
+    "ara (3,4,6,2) + gcp": {
+        "rule": "ara", "ara_stride": (3, 4, 6, 2), "lean": "exact", "gcp": True,
+    },
+    "asa (2,2,2,2), lean exact": {"rule": "asa", "lean": "exact"},
+    "asa (2,2,2,2) + gcp": {"rule": "asa", "lean": "exact", "gcp": True},
+    "aba (2,2,2,2), lean exact": {"rule": "aba", "lean": "exact"},
+    "aba (2,2,2,2) + gcp": {"rule": "aba", "lean": "exact", "gcp": True},
+}  # fmt: skip
+
+
+def networks() -> dict[str, dict[str, float]]:
+    """MiB per image, and how many times less than torchvision's network."""
+    images = torch.randn(BATCH, 3, 224, 224)
+    stock = saved_bytes(resnet50(weights=None), images)
+    rows = {"torchvision": _row(stock, stock)}
+    for name, options in SETTINGS.items():
+        rows[name] = _row(saved_bytes(build("resnet50", **options), images), stock)
+    return rows
+
+
+def _row(saved: int, stock: int) -> dict[str, float]:
+    return {"mib_per_image": round(saved / BATCH / MIB, 3), "times_less": round(stock / saved, 3)}
+
+
+def bottlenecks(width: int = 64, batch: int = 2, side: int = 56) -> dict[str, float]:
+    """Bytes per pixel and inner channel of one block, averaged over a group, in bfloat16."""
+    rows = {}
+    for name, group, lean in (("bp", 1, False), ("ara(2)", 2, True), ("ara(4)", 4, True)):
+        blocks = nn.ModuleList(
+            Bottleneck(
+                4 * width,
+                width,
+                stride=1,
+                rule=nn.Conv2d if i == 0 else Conv2dARA,
+                lean=lean,
+                gcp=False,
+                packs_output=i + 1 < group,
+            )
+            for i in range(group)
+        ).bfloat16()
+        x = torch.randn(batch, 4 * width, side, side, dtype=torch.bfloat16, requires_grad=True)
+
+        def forward(blocks=blocks, x=x):
+            # the group's input belongs to it, its output to the next
+            y = aux = x.clone()
+            for block in blocks:
+                y = block(y, aux.detach())
+            return y
+
+        held = saved_bytes(forward) - x.numel() * x.itemsize
+        rows[name] = round(held / group / (batch * side * side * width), 3)
+    return rows
+
+
+def sign_inputs() -> dict[str, float]:
+    """Bits that an ASA layer keeps per element of its input, at most, with and without LI."""
+    layer = Conv2dASA(64, 16, 3, padding=1, relu=True)
+    bits = {}
+    for name, x in (("even", torch.rand(2, 64, 56, 56)), ("odd", torch.rand(1, 64, 7, 9))):
+        bits[name] = 8 * saved_bytes(layer, x) / x.numel()
+        with IndicatorRecorder(nn.ModuleList([layer])).sampling():
+            bits[f"{name}, with LI"] = 8 * saved_bytes(layer, x) / x.numel()
+    return bits
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    record(
+        "resnet_memory",
+        {
+            "networks": networks(),
+            "bottleneck_bytes_per_pixel_and_inner_channel": bottlenecks(),
+            "asa_bits_per_input_element": sign_inputs(),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
