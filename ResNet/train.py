@@ -35,9 +35,9 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
         "--ARA-stride",
         type=int,
         nargs="+",
-        default=list(DEFAULT_ARA_STRIDE),
+        default=argparse.SUPPRESS,
         metavar="BLOCKS",
-        help="blocks per group in each of the four stages",
+        help="blocks per group in each of the four stages; if not given, 2 2 2 2",
     )
     add(
         "--lean",
@@ -52,6 +52,10 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.actnn:
         raise UserError("--actnn is not available yet; leave it out (--gcp saves memory exactly)")
+    if "ARA_stride" not in args:
+        args.ARA_stride = list(DEFAULT_ARA_STRIDE)
+    elif args.learning_rule == "bp":
+        print("train.py: note: --ARA-stride does nothing under --learning-rule bp", file=sys.stderr)
     if len(args.ARA_stride) != 4 or min(args.ARA_stride) < 1:
         given = " ".join(map(str, args.ARA_stride))
         raise UserError(f"--ARA-stride takes four whole numbers of at least 1, got {given}")

@@ -56,7 +56,8 @@ def batch_norm_replay(
         return batch_norm(x, parameters, training, 0.0, eps)[0]
     mean, rstd, _ = statistics
     if x.device.type != "cpu":
-        unused = parameters._replace(running_mean=mean, running_var=mean)
+        nothing = torch.zeros_like(parameters.weight)
+        unused = parameters._replace(running_mean=nothing, running_var=nothing)
         return batch_norm(x, unused, training, 0.0, eps)[0]
     # In evaluation the CPU kernel computes x * (weight * rstd) + (bias - mean * weight * rstd) as
     # it does in training; a variance of 1 and eps of 0 let the known rstd through unrounded.
