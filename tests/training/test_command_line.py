@@ -1,0 +1,64 @@
+"""Flags as people type them."""
+
+import pytest
+
+from aal.training.command_line import Parser, UserError, positive_float, positive_int, run
+
+
+@pytest.fixture
+def parser() -> Parser:
+    parser = Parser(prog="train.py")
+    parser.add_argument("--ARA-stride", type=positive_int, nargs="+")
+    parser.add_argument("--model-path", "--weights")
+    parser.add_argument("--lr", type=positive_float)
+    parser.add_switch("--get-li", help="record")
+    return parser
+
+
+@pytest.mark.parametrize("flag", ["--model-path", "--model_path", "--weights", "--Model_Path"])
+def test_spellings_of_a_flag_are_one_flag(parser: Parser, flag: str):
+    assert parser.parse_args([flag, "a_b-c"]).model_path == "a_b-c"
+    assert parser.parse_args([f"{flag}=a_b-c"]).model_path == "a_b-c"
+
+
+@pytest.mark.parametrize(
+    "words, value",
+    [
+        ([], False),
+        (["--get-li"], True),
+        (["--get_li", "True"], True),
+        (["--get-li", "false"], False),
+        (["--get-li=False"], False),
+        (["--no-get-li"], False),
+        (["--get-li", "--no_get_li"], False),
+    ],
+    ids=str,
+)
+def test_a_switch_takes_nothing_a_truth_value_or_no(parser: Parser, words: list, value: bool):
+    assert parser.parse_args(words).get_li is value
+
+
+@pytest.mark.parametrize(
+    "words, text",
+    [
+        (["--lr", "0"], "above 0"),
+        (["--lr", "nan"], "above 0"),
+        (["--ara-stride", "2", "0"], "at least 1"),
+        (["--ara-stride", "2.5"], "'2.5'"),
+        (["--get-li", "perhaps"], "'perhaps'"),
+        (["--mod", "x"], "--mod"),
+        (["stray"], "stray"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_a_user_error_that_names_it(parser: Parser, words: list, text: str):
+    with pytest.raises(UserError, match=text):
+        parser.parse_args(words)
+
+
+def test_a_user_error_becomes_one_line_and_status_2(capsys: pytest.CaptureFixture):
+    def main(arguments):
+        raise UserError("no such thing; try another")
+
+    assert run(main, [], "train.py") == 2
+    assert capsys.readouterr().err == "train.py: error: no such thing; try another\n"

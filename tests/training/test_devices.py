@@ -1,0 +1,31 @@
+"""The ``--device`` flag."""
+
+import pytest
+import torch
+
+from aal.training.command_line import UserError
+from aal.training.devices import parse_devices
+
+
+def test_cpu_may_be_named_once_per_process():
+    assert parse_devices(["cpu"]) == [torch.device("cpu")]
+    assert parse_devices(["cpu", "cpu"]) == [torch.device("cpu")] * 2
+
+
+def test_nothing_means_the_first_gpu_or_the_cpu():
+    expected = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    assert parse_devices(None) == [expected]
+
+
+@pytest.mark.parametrize("words", [["99"], ["-1"], ["cuda"], ["0", "cpu"], ["cpu", "0"], ["1.5"]])
+def test_other_words_are_refused(words: list[str]):
+    with pytest.raises(UserError, match="--device"):
+        parse_devices(words)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_is_named_once():
+    assert parse_devices(["0"]) == [torch.device("cuda", 0)]
+    with pytest.raises(UserError, match="twice"):
+        parse_devices(["0", "0"])
