@@ -18,7 +18,8 @@ def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str], program:
     try:
         return main(arguments)
     except UserError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        one_line = " ".join(str(error).split())
+        print(f"{program}: error: {one_line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{program}: interrupted; --resume continues after the last epoch", file=sys.stderr)

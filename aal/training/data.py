@@ -34,13 +34,14 @@ class Description:
     std: tuple[float, ...]
     flip: bool = False  # mirror training images; random crops go with it
     workers: int = 4  # loading processes
+    batch_size: int | None = None  # where the recipe's would leave too few steps
 
 
 _MNIST = {"num_classes": 10, "channels": 1, "size": 28, "stem": "small"}
 _CIFAR = {"channels": 3, "size": 32, "stem": "small", "flip": True}
 
 DATASETS: dict[str, Description] = {
-    "digits": Description(10, 1, 32, "small", (0.3053,), (0.3236,), workers=0),
+    "digits": Description(10, 1, 32, "small", (0.3053,), (0.3236,), workers=0, batch_size=64),
     "mnist": Description(**_MNIST, mean=(0.1307,), std=(0.3081,)),
     "fashion-mnist": Description(**_MNIST, mean=(0.2860,), std=(0.3530,)),
     "cifar10": Description(
@@ -143,27 +144,26 @@ def _digits() -> Parts:
 def _from_torchvision(name: str, path: Path) -> Parts:
     from torchvision import datasets
 
-    classes = {
-        "mnist": datasets.MNIST,
-        "fashion-mnist": datasets.FashionMNIST,
-        "cifar10": datasets.CIFAR10,
-        "cifar100": datasets.CIFAR100,
-        "svhn": datasets.SVHN,
-    }
+    dataset, files = {
+        "mnist": (datasets.MNIST, "MNIST/raw/*-ubyte"),
+        "fashion-mnist": (datasets.FashionMNIST, "FashionMNIST/raw/*-ubyte"),
+        "cifar10": (datasets.CIFAR10, "cifar-10-batches-py/"),
+        "cifar100": (datasets.CIFAR100, "cifar-100-python/"),
+        "svhn": (datasets.SVHN, "train_32x32.mat and test_32x32.mat"),
+    }[name]
 
     def open_part(train: bool, transform: Callable) -> Dataset:
         which = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
         try:
-            return classes[name](path, **which, transform=transform)
+            return dataset(path, **which, transform=transform)
         except RuntimeError:
             pass  # not there yet
         try:
-            return classes[name](path, **which, transform=transform, download=True)
+            return dataset(path, **which, transform=transform, download=True)
         except Exception as error:  # network, disk and checksum errors of many types
             raise UserError(
-                f"{name} is not in {path} and cannot be downloaded ({error}); "
-                f"put torchvision's files for {classes[name].__name__} there or name another "
-                "folder with --data-path"
+                f"{name} is not in {path} and cannot be downloaded ({error}); put {files} there "
+                "or name another folder with --data-path"
             ) from error
 
     augmented, plain = _transforms(name)
@@ -179,6 +179,10 @@ def _folders(name: str, root: Path) -> Parts:
     augmented, plain = _transforms(name)
     try:
         train = ImageFolder(root / "train", augmented)
+        if len(train.classes) > DATASETS[name].num_classes:
+            raise UserError(
+                f"{root / 'train'} has {len(train.classes)} classes, too many for {name}"
+            )
         annotations = root / "val" / "val_annotations.txt"
         if annotations.is_file():
             test: Dataset = _AnnotatedImages(annotations, train.class_to_idx, plain)
@@ -198,9 +202,9 @@ class _AnnotatedImages(Dataset):
         self.transform = transform
         self.items = []
         for line in annotations.read_text().splitlines():
-            file, label = line.split("\t")[:2]
+            file, label = (line.split("\t") + [""])[:2]
             if label not in class_to_index:
-                raise UserError(f"{annotations} names class {label}, which train/ lacks")
+                raise UserError(f"{annotations} names class {label!r}, which train/ lacks")
             self.items.append((annotations.parent / "images" / file, class_to_index[label]))
 
     def __len__(self) -> int:

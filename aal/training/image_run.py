@@ -27,8 +27,9 @@ from aal.training.loop import AMP_DTYPES, Trainer, evaluate
 from aal.training.run_folder import RunFolder, check_agrees
 from aal.training.schedule import SCHEDULERS, learning_rate
 
-# What tells runs of one network apart; named where it differs from the recipe's value.
-_SETTINGS = ("optimizer", "scheduler", "lr", "batch_size", "epochs", "amp", "seed")
+# What tells runs of one network apart, beside a recipe's lr, epochs and batch_size. Each is part of
+# a run's name where it differs from its usual value.
+_USUAL = {"optimizer": "sgd", "scheduler": "cos", "amp": "off", "seed": 0}
 _WEIGHT_DECAY = {"sgd": 1e-4, "adam": 0.0}
 
 
@@ -38,19 +39,24 @@ def add_arguments(parser: Parser, *, lr: float, epochs: int, batch_size: int) ->
     paths = ("--data-path", "--imagenet-data-path", "--tiny-imagenet-data-path")
     add("--dataset", choices=data.DATASETS, default="cifar10", help="images to learn")
     add(*paths, type=Path, default=Path("data"), help="folder that holds the data set")
-    add("--optimizer", choices=_WEIGHT_DECAY, default="sgd", help="update rule")
-    add("--scheduler", choices=SCHEDULERS, default="cos", help="course of the step size")
+    add("--optimizer", choices=_WEIGHT_DECAY, default=_USUAL["optimizer"], help="update rule")
+    add(
+        "--scheduler",
+        choices=SCHEDULERS,
+        default=_USUAL["scheduler"],
+        help="course of the step size",
+    )
     add("--lr", type=positive_float, default=lr, help="largest step size")
     add("--epochs", type=positive_int, default=epochs, help="passes over the training images")
-    help = "images per step, all devices together"
-    add("--batch-size", type=positive_int, default=batch_size, help=help)
+    help = f"images per step, all devices together; if not given, {batch_size}, for digits 64"
+    add("--batch-size", type=positive_int, default=absent, help=help)
     add("--test-batch-size", type=positive_int, default=512, help="images per batch when scoring")
-    add("--amp", choices=AMP_DTYPES, default="off", help="mixed precision")
+    add("--amp", choices=AMP_DTYPES, default=_USUAL["amp"], help="mixed precision")
     help = "GPU indices, one process each, or cpu; if not given, GPU 0 or else cpu"
     add("--device", nargs="+", metavar="DEVICE", default=absent, help=help)
     help = "data-loading processes per device; if not given, 4, for digits 0"
     add("--workers", type=non_negative_int, default=absent, help=help)
-    add("--seed", type=non_negative_int, default=0, help="of weights, order and augmentation")
+    add("--seed", type=non_negative_int, default=_USUAL["seed"], help="random seed")
     add("--output", type=Path, default=Path("results"), help="parent of the run's own folder")
     help = "checkpoint to score on the test images; trains nothing"
     add("--model-path", type=Path, default=absent, help=help)
@@ -66,7 +72,7 @@ class ImageRun:
 
     Args:
         args: parsed flags, those of ``add_arguments`` among them.
-        recipe: values of shared settings that the name of a run need not mention.
+        recipe: usual lr, epochs and batch_size, which the name of a run need not mention.
         options: the script's own settings, to be recorded.
         function: what fixes the function that the network computes, by flag. A checkpoint can be
             scored only by a network that agrees in it.
@@ -88,17 +94,22 @@ class ImageRun:
     recorder: IndicatorRecorder | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        args = self.args
+        args, images = self.args, data.DATASETS[self.args.dataset]
+        self.usual = {**_USUAL, **self.recipe}
+        if images.batch_size:
+            self.usual["batch_size"] = images.batch_size
+        args.batch_size = vars(args).get("batch_size", self.usual["batch_size"])
+        self.workers = 0 if args.dry_run else vars(args).get("workers", images.workers)
         self.devices = devices.parse_devices(vars(args).get("device"))
         if args.batch_size % len(self.devices):
             size, count = args.batch_size, len(self.devices)
             raise UserError(f"--batch-size {size} does not divide by {count} devices")
-        settings = {name: getattr(args, name) for name in _SETTINGS}
+        settings = {name: getattr(args, name) for name in self.usual}
         self.config = {"dataset": args.dataset, **self.options, **settings}
         self.function = {"dataset": args.dataset, **self.function}
         self.resume = args.resume or args.checkpoint
         devices.seed_everything(args.seed)
-        self.model = self.build(data.DATASETS[args.dataset])
+        self.model = self.build(images)
         if args.get_li:
             try:
                 self.recorder = IndicatorRecorder(self.model)
@@ -115,14 +126,12 @@ class ImageRun:
             self.parts = data.synthetic(args.dataset, args.batch_size)
         else:
             self.parts = data.load(args.dataset, args.data_path)
-        default = data.DATASETS[args.dataset].workers
-        self.workers = 0 if args.dry_run else vars(args).get("workers", default)
 
     def name(self) -> str:
         """Readable, and different for runs of different settings."""
         words = [self.args.dataset, self.title]
-        for name in _SETTINGS:
-            if self.config[name] != self.recipe.get(name, self.config[name]):
+        for name, usual in self.usual.items():
+            if self.config[name] != usual:
                 words.append(f"{name.replace('_', '-')}-{self.config[name]}")
         return "_".join(words)
 

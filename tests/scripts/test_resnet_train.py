@@ -21,7 +21,7 @@ def test_a_run_leaves_everything_in_its_folder(train: Callable, tmp_path: Path):
     assert (status, err) == (0, "")
     folder = run_folder(tmp_path)
     name = folder.name
-    assert name == "tiny-imagenet_resnet18_ara-2-2-2-2_gcp_lr-0.01_batch-size-6_epochs-2"
+    assert name == "tiny-imagenet_resnet18_ara-2-2-2-2_gcp_lr-0.01_epochs-2_batch-size-6"
     expected = ["best.pth", "config.json", "environment.json", f"{name}.npy", f"{name}_li.npy"]
     expected += ["last.pth", "metrics.jsonl", "test.json"]
     assert sorted(files_of(folder)) == sorted(expected)
@@ -160,6 +160,15 @@ def test_a_dry_run_writes_nothing(train: Callable, tmp_path: Path):
     assert (status, err) == (0, "")
     assert out.startswith("dry run: 2 steps")
     assert not (tmp_path / "runs").exists()
+
+
+def test_runs_of_different_settings_have_different_folders(train: Callable, tmp_path: Path):
+    variants = [(), ("--seed", 1), ("--optimizer", "adam"), ("--amp", "bf16"), ("--lean", "exact")]
+    variants += [("--scheduler", "step"), ("--lr", 0.02), ARA, (*ARA, "--gcp"), ("--gcp",)]
+    for extra in variants:
+        status, _, err = train("--epochs", 1, *extra)
+        assert (status, err) == (0, "")
+    assert len(list((tmp_path / "runs").iterdir())) == len(variants)
 
 
 def test_dashes_underscores_and_truth_values_are_understood(train: Callable):
