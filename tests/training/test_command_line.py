@@ -58,7 +58,7 @@ def test_a_mistake_is_a_user_error_that_names_it(parser: Parser, words: list, te
 
 def test_a_user_error_becomes_one_line_and_status_2(capsys: pytest.CaptureFixture):
     def main(arguments):
-        raise UserError("no such thing; try another")
+        raise UserError("no such thing;\n  try another")
 
     assert run(main, [], "train.py") == 2
     assert capsys.readouterr().err == "train.py: error: no such thing; try another\n"

@@ -106,7 +106,7 @@ def test_missing_files_are_named(tmp_path: Path):
             data.load(name, tmp_path)
     _write_folders(tmp_path, flat=True)
     (tmp_path / "val" / "val_annotations.txt").write_text("a0.png\tc\t0\t0\t1\t1")
-    with pytest.raises(UserError, match="names class c"):
+    with pytest.raises(UserError, match="names class 'c'"):
         data.load("tiny-imagenet", tmp_path)
 
 
