@@ -33,8 +33,8 @@ class PackedReLUFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output: Tensor) -> Tensor:
         (packed,) = ctx.saved_tensors
-        positive = unpack_sign(packed, ctx.layout, torch.bool, low=0)
-        return torch.where(positive, grad_output, 0)
+        positive = unpack_sign(packed, ctx.layout, grad_output.dtype, low=0)
+        return torch.ops.aten.threshold_backward(grad_output, positive, 0)
 
 
 def relu_packed(x: Tensor) -> Tensor:
