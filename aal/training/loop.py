@@ -182,7 +182,7 @@ def _batches(
             if bar.update(len(labels)):
                 loss, correct, samples = totals.loss, totals.correct, totals.samples
                 means = f"loss {loss / samples:.4f}, {100 * correct / samples:.2f} %"
-                bar.set_postfix_str(means + saved)
+                bar.set_postfix_str(means + saved, refresh=False)
 
 
 def _autocast(device: torch.device, amp: str) -> torch.autocast:

@@ -1,0 +1,64 @@
+"""What every test starts from: a fixed seed, poisoned memory and a device."""
+
+import gc
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before any test
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+        ],
+    ),
+]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The fixture below asks for deterministic kernels; CUDA has none for some backward passes.
+    message = ".*does not have a deterministic implementation.*"
+    config.addinivalue_line("filterwarnings", f"ignore:{message}:UserWarning")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tiny tensors gain nothing from more, and lose much to threads that wait for a busy core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_heap():
+    """Measuring memory collects garbage, which is slow on a heap full of imported modules."""
+    torch.use_deterministic_algorithms(False)  # imports the compiler
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def seeded_and_poisoned():
+    """Fixed seed; uninitialised memory reads as NaN, so that an output nobody wrote shows up."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)

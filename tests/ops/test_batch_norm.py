@@ -1,0 +1,121 @@
+"""Batch norm as functions: the bits of ``F.batch_norm``, and the same bits once more."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_same_bits
+from torch import Tensor
+
+from aal.ops.batch_norm import Parameters, batch_norm, batch_norm_backward, batch_norm_replay
+
+EPS = 1e-5
+
+
+class Case(NamedTuple):
+    shape: tuple[int, ...] = (3, 5, 7, 9)
+    dtype: torch.dtype = torch.float32
+    parameter_dtype: torch.dtype = torch.float32
+    memory_format: torch.memory_format = torch.contiguous_format
+
+    def tensors(self, device: torch.device) -> tuple[Tensor, Parameters]:
+        x = (2 * torch.randn(self.shape) + 1).to(device, self.dtype)
+        weight, bias, mean = torch.randn(3, self.shape[1]).to(device, self.parameter_dtype)
+        parameters = Parameters(weight, bias, mean, mean.exp())
+        return x.contiguous(memory_format=self.memory_format), parameters
+
+
+CASES = [
+    pytest.param(Case(), id="float32"),
+    pytest.param(Case(dtype=torch.float64, parameter_dtype=torch.float64), id="float64"),
+    pytest.param(Case(dtype=torch.bfloat16), id="bfloat16-mixed"),
+    pytest.param(Case(memory_format=torch.channels_last), id="channels_last"),
+    pytest.param(
+        Case(dtype=torch.bfloat16, memory_format=torch.channels_last),
+        id="bfloat16-mixed-channels_last",
+    ),
+    pytest.param(Case(shape=(6, 5)), id="rows"),
+    pytest.param(Case(shape=(2, 17, 1, 1)), id="1x1-image"),
+]
+every_case = pytest.mark.parametrize("case", CASES)
+both_modes = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+
+
+def stock(x: Tensor, parameters: Parameters, training: bool) -> Tensor:
+    weight, bias, mean, var = parameters
+    return F.batch_norm(x, mean, var, weight, bias, training, 0.3, EPS)
+
+
+@both_modes
+@every_case
+def test_output_is_that_of_torch(case, training, device):
+    x, parameters = case.tensors(device)
+    y, *_ = batch_norm(x, parameters, training, 0.3, EPS)
+    assert_same_bits(y, stock(x, parameters, training))
+
+
+@both_modes
+def test_output_is_the_formula(training):
+    x, parameters = Case(dtype=torch.float64, parameter_dtype=torch.float64).tensors("cpu")
+    mean, var = parameters.running_mean, parameters.running_var
+    if training:
+        mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+    weight, bias, mean, var = (t[:, None, None] for t in (*parameters[:2], mean, var))
+    expected = (x - mean) / (var + EPS).sqrt() * weight + bias
+    torch.testing.assert_close(batch_norm(x, parameters, training, 0.3, EPS)[0], expected)
+
+
+@every_case
+def test_new_running_statistics_are_those_of_torch(case, device):
+    x, parameters = case.tensors(device)
+    _, _, updates = batch_norm(x, parameters, True, 0.3, EPS)
+    stock(x, parameters, True)
+    assert_same_bits(updates, (parameters.running_mean, parameters.running_var))
+
+
+@both_modes
+def test_running_statistics_are_left_alone(training):
+    x, parameters = Case().tensors("cpu")
+    before = [t.clone() for t in parameters]
+    batch_norm(x, parameters, training, 0.3, EPS)
+    assert_same_bits(list(parameters), before)
+
+
+@both_modes
+@every_case
+def test_replay_repeats_every_bit(case, training, device):
+    x, parameters = case.tensors(device)
+    y, statistics, _ = batch_norm(x, parameters, training, 0.3, EPS)
+    assert_same_bits(batch_norm_replay(x, parameters, training, EPS, statistics), y)
+
+
+def test_replay_does_without_running_statistics_in_training():
+    x, parameters = Case().tensors("cpu")
+    y, statistics, _ = batch_norm(x, parameters, True, 0.3, EPS)
+    without = parameters._replace(running_mean=None, running_var=None)
+    assert_same_bits(batch_norm_replay(x, without, True, EPS, statistics), y)
+
+
+@both_modes
+@every_case
+def test_gradients_are_those_of_torch(case, training, device):
+    x, parameters = case.tensors(device)
+    _, statistics, _ = batch_norm(x, parameters, training, 0.3, EPS)
+    grad_output = torch.randn_like(x)
+    ours = batch_norm_backward(
+        grad_output, x, parameters, training, EPS, statistics, (True, True, True)
+    )
+    inputs = [t.clone().requires_grad_() for t in (x, *parameters[:2])]
+    y = stock(inputs[0], Parameters(*inputs[1:], *parameters[2:]), training)
+    assert_same_bits(ours, torch.autograd.grad(y, inputs, grad_output))
+
+
+@both_modes
+@pytest.mark.parametrize("needed", range(3), ids=["input", "weight", "bias"])
+def test_only_the_gradients_that_are_needed_are_computed(needed, training):
+    x, parameters = Case().tensors("cpu")
+    _, statistics, _ = batch_norm(x, parameters, training, 0.3, EPS)
+    needs = tuple(i == needed for i in range(3))
+    found = batch_norm_backward(x, x, parameters, training, EPS, statistics, needs)
+    assert [grad is not None for grad in found] == list(needs)

@@ -1,0 +1,94 @@
+"""Who may import whom: each floor of the package knows only the floors below it."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# What the files of a floor may import from this package, beside their own floor.
+FLOORS = {
+    "aal/ops": (),
+    "aal/rules": ("aal.ops",),
+    "aal/lean": ("aal.ops",),
+    "aal/indicator.py": ("aal.ops", "aal.rules", "aal.lean"),
+    "aal/memory.py": ("aal.ops", "aal.rules", "aal.lean"),
+    "aal/__init__.py": ("aal.ops", "aal.rules", "aal.lean", "aal.indicator", "aal.memory"),
+    "aal/training": ("aal",),
+}
+MODEL_FOLDERS = sorted(path.parent for path in ROOT.glob("*/train.py"))
+MODEL_FILES = [
+    path for folder in MODEL_FOLDERS for path in folder.glob("*.py") if path.name != "train.py"
+]
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Every module that a file imports anywhere; ``from a import b`` counts as ``a``."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            yield node.module
+
+
+def is_within(module: str, packages: tuple[str, ...]) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def files_of(floor: str) -> list[Path]:
+    path = ROOT / floor
+    return [path] if path.is_file() else sorted(path.rglob("*.py"))
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_floor_imports_only_what_lies_below(floor):
+    own = floor.removesuffix(".py").replace("/", ".")
+    allowed = (own, *FLOORS[floor])
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for path in files_of(floor)
+        for module in imports_of(path)
+        if is_within(module, ("aal",)) and not is_within(module, allowed)
+    ]
+    assert not wrong
+
+
+def test_every_file_of_the_package_has_a_floor():
+    covered = {path for floor in FLOORS for path in files_of(floor)}
+    assert set((ROOT / "aal").rglob("*.py")) == covered
+
+
+@pytest.mark.parametrize("path", MODEL_FILES, ids=lambda path: path.name)
+def test_model_imports_only_torch_and_the_layers(path):
+    allowed = ("torch", "aal", *sys.stdlib_module_names)
+    wrong = [
+        module
+        for module in imports_of(path)
+        if not is_within(module, allowed) or is_within(module, ("aal.training",))
+    ]
+    assert not wrong
+
+
+def test_package_imports_no_model():
+    models = tuple(path.stem for path in MODEL_FILES) + tuple(f.name for f in MODEL_FOLDERS)
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for path in (ROOT / "aal").rglob("*.py")
+        for module in imports_of(path)
+        if is_within(module, models)
+    ]
+    assert not wrong
+
+
+def test_importing_the_package_stays_light():
+    heavy = ["triton", "torchvision", "matplotlib", "sklearn"]
+    code = f"import sys, aal; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.strip() == "[]"
