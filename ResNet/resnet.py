@@ -117,7 +117,7 @@ class BasicBlock(nn.Module):
         if not self.exact:
             x = x.clone()  # a view would keep the whole input; the copy is half of the output
         projected = _convolve(projection, x, aux)
-        return replay(projected, norm, recompute=(projection, *_inputs(projection, x, x)))
+        return replay(projected, norm, recompute=(projection, *_inputs(projection, x, x.detach())))
 
     def _projection_inputs(self, x: Tensor, aux: Tensor) -> tuple[Tensor, Tensor]:
         if self.exact:

@@ -167,7 +167,10 @@ def _saved_by_module(
         with ledger, torch.autograd.graph.saved_tensors_hooks(ledger.note_saved, lambda t: t):
             outputs = function(*args, **kwargs)
         leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-        graph = [leaf.grad_fn for leaf in leaves if leaf.grad_fn is not None]
+        edges = [
+            torch.autograd.graph.get_gradient_edge(leaf) for leaf in leaves if leaf.requires_grad
+        ]
+        graph = [edge.node for edge in edges]
         del outputs, leaves
         gc.collect()
         ledger.note_contexts(graph)
@@ -176,7 +179,7 @@ def _saved_by_module(
             _untrack_numpy(entry.address)
         held = [entry for entry in entries if entry.is_saved()]
         arrays = _numpy_bytes()
-        del graph[:]
+        del graph[:], edges[:]
         gc.collect()
         held += [e for e in entries if e not in held and e.made and e.reference.expired()]
         arrays -= _numpy_bytes()

@@ -104,7 +104,8 @@ class ReplayFunction(torch.autograd.Function):
     def backward(ctx, grad: Tensor, *_):
         chain: _Chain = ctx.chain
         operations = chain.operations
-        first, rest = ctx.saved_tensors[: ctx.num_first], ctx.saved_tensors[ctx.num_first :]
+        saved = ctx.saved_tensors  # read once: checkpoints allow no more
+        first, rest = saved[: ctx.num_first], saved[ctx.num_first :]
         parameters = _split(rest, chain.num_parameters)
         kept = _split(rest[sum(chain.num_parameters) :], ctx.num_kept)
         with torch.autocast(**ctx.autocast):

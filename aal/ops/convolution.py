@@ -66,7 +66,7 @@ def convolve_backward(
     gradient of the input, which is how an auxiliary activation takes the input's place.
     """
     padded = _pad(source, where)
-    grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+    grads = torch.ops.aten.convolution_backward(
         grad_output,
         padded,
         weight,
@@ -78,6 +78,10 @@ def convolve_backward(
         [0, 0],
         where.groups,
         needs,
+    )
+    # oneDNN computes the weight's gradient with the bias's, asked for or not.
+    grad_input, grad_weight, grad_bias = (
+        grad if need else None for grad, need in zip(grads, needs, strict=True)
     )
     if grad_input is not None and where.extra_padding != (0, 0):
         grad_input = grad_input[..., : source.shape[-2], : source.shape[-1]]

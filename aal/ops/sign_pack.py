@@ -31,7 +31,8 @@ class Layout(NamedTuple):
 
 def layout_of(x: Tensor) -> Layout:
     """Shape and memory order of ``x``; dimensions of equal stride keep their order."""
-    order = sorted(range(x.dim()), key=lambda dim: -x.stride(dim))
+    strides = x.stride()
+    order = sorted(range(x.dim()), key=lambda dim: -strides[dim])
     return Layout(x.shape, tuple(order))
 
 
