@@ -15,6 +15,7 @@ test: setup
 bench-cpu: setup
 	$(BIN)/python benchmarks/resnet_memory.py
 	$(BIN)/python benchmarks/resnet_speed.py
+	$(BIN)/python benchmarks/digits_accuracy.py
 
 # Installed anew only when the requirements have changed.
 setup:

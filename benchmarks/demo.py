@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "results" / "demo"
-COMMON = ["--dataset", "digits", "--model", "resnet18", "--epochs", "3", "--batch-size", "32"]
+COMMON = ["--dataset", "digits", "--model", "resnet18", "--epochs", "3", "--lr", "0.05"]
 RUNS = {
     "bp": ["--learning-rule", "bp"],
     "ara + gcp": [

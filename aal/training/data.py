@@ -41,7 +41,7 @@ _MNIST = {"num_classes": 10, "channels": 1, "size": 28, "stem": "small"}
 _CIFAR = {"channels": 3, "size": 32, "stem": "small", "flip": True}
 
 DATASETS: dict[str, Description] = {
-    "digits": Description(10, 1, 32, "small", (0.3053,), (0.3236,), workers=0, batch_size=64),
+    "digits": Description(10, 1, 32, "small", (0.3053,), (0.3236,), workers=0, batch_size=32),
     "mnist": Description(**_MNIST, mean=(0.1307,), std=(0.3081,)),
     "fashion-mnist": Description(**_MNIST, mean=(0.2860,), std=(0.3530,)),
     "cifar10": Description(

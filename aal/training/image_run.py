@@ -46,9 +46,10 @@ def add_arguments(parser: Parser, *, lr: float, epochs: int, batch_size: int) ->
         default=_USUAL["scheduler"],
         help="course of the step size",
     )
-    add("--lr", type=positive_float, default=lr, help="largest step size")
+    help = f"largest step size; if not given, {lr} for {batch_size} images per step, in proportion"
+    add("--lr", type=positive_float, default=absent, help=help)
     add("--epochs", type=positive_int, default=epochs, help="passes over the training images")
-    help = f"images per step, all devices together; if not given, {batch_size}, for digits 64"
+    help = f"images per step, all devices together; if not given, {batch_size}, for digits 32"
     add("--batch-size", type=positive_int, default=absent, help=help)
     add("--test-batch-size", type=positive_int, default=512, help="images per batch when scoring")
     add("--amp", choices=AMP_DTYPES, default=_USUAL["amp"], help="mixed precision")
@@ -99,6 +100,9 @@ class ImageRun:
         if images.batch_size:
             self.usual["batch_size"] = images.batch_size
         args.batch_size = vars(args).get("batch_size", self.usual["batch_size"])
+        # The recipe's step size belongs to its batch size (Goyal et al., 2017: linear scaling).
+        self.usual["lr"] *= args.batch_size / self.recipe["batch_size"]
+        args.lr = vars(args).get("lr", self.usual["lr"])
         self.workers = 0 if args.dry_run else vars(args).get("workers", images.workers)
         self.devices = devices.parse_devices(vars(args).get("device"))
         if args.batch_size % len(self.devices):

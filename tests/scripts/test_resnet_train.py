@@ -195,7 +195,7 @@ def test_a_process_that_fails_stops_the_other(train: Callable, tmp_path: Path):
 
 @pytest.mark.slow
 def test_the_bundled_digits_are_learned(call: Callable, tmp_path: Path):
-    words = ("--dataset", "digits", "--model", "resnet18", "--batch-size", 32, "--epochs", 1)
+    words = ("--dataset", "digits", "--model", "resnet18", "--lr", 0.05, "--epochs", 1)
     status, out, _ = call("ResNet/train.py", *words, *ARA, "--output", tmp_path)
     assert status == 0
     assert float(re.search(r"test accuracy (\S+) %", out).group(1)) > 50
