@@ -8,15 +8,16 @@ and the share above 0.
 """
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-import matplotlib
 import numpy as np
 
+PICTURES = ("png", "svg", "pdf")
 WARM, COOL = "#d1495b", "#30638e"
 BINS = 200
 
@@ -26,6 +27,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         args = parse_args(arguments)
         samples = [load(path) for path in args.li_path]
+        if args.output.resolve() in [path.resolve() for path in args.li_path]:
+            raise ValueError(f"--output {args.output} would overwrite what is to be drawn")
         for path, values in zip(args.li_path, samples, strict=True):
             print(f"{path}: {describe(values)}")
         save(args.li_path, samples, args.output, args.show)
@@ -54,7 +57,11 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="FILE", help=help)
     parser.add_argument("--show", action="store_true", help="open a window too")
     args = parser.parse_args(arguments)
+    if not all(path.name for path in args.li_path):
+        parser.error("--li_path needs files")
     args.output = args.output or args.li_path[0].with_suffix(".png")
+    if args.output.suffix.lstrip(".") not in PICTURES:
+        parser.error(f"--output {args.output} must end in .{', .'.join(PICTURES)}")
     return args
 
 
@@ -66,12 +73,14 @@ def load(path: Path) -> np.ndarray:
     """
     try:
         values = np.load(path, allow_pickle=False)
-        values = np.asarray(values, dtype=np.float64).ravel()
+        if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
+            raise ValueError("it holds no array of real numbers")
+        values = values.astype(np.float64).ravel()
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}; train with --get-li to make one") from None
     except (OSError, ValueError, TypeError, EOFError) as error:
         raise ValueError(f"{path} is not an array of indicators: {error}") from error
-    values = values[np.isfinite(values)]
+    values = values[np.isfinite(values) & (np.abs(values) < 1e100)]
     if not values.size:
         raise ValueError(f"{path} holds no finite value")
     return values
@@ -102,7 +111,7 @@ def save(
         ValueError: the folder or the type of the picture will not do.
     """
     if not show:
-        matplotlib.use("Agg")
+        os.environ["MPLBACKEND"] = "Agg"  # draws without a display
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(
@@ -138,12 +147,9 @@ def save(
 
 
 def _write_whole(figure, output: Path) -> None:
-    kind = output.suffix.lstrip(".") or "png"
-    if kind not in figure.canvas.get_supported_filetypes():
-        raise ValueError(f"cannot write pictures of type .{kind}; try .png, .svg or .pdf")
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         temporary = Path(folder) / output.name
-        figure.savefig(temporary, format=kind, dpi=150)
+        figure.savefig(temporary, dpi=150)
         temporary.replace(output)
 
 

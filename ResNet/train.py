@@ -56,6 +56,7 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
         args.ARA_stride = list(DEFAULT_ARA_STRIDE)
     elif args.learning_rule == "bp":
         print("train.py: note: --ARA-stride does nothing under --learning-rule bp", file=sys.stderr)
+        args.ARA_stride = list(DEFAULT_ARA_STRIDE)
     if len(args.ARA_stride) != 4 or min(args.ARA_stride) < 1:
         given = " ".join(map(str, args.ARA_stride))
         raise UserError(f"--ARA-stride takes four whole numbers of at least 1, got {given}")

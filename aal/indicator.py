@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from math import nan
 
 import torch
 from torch import Tensor, nn
@@ -57,10 +58,14 @@ class IndicatorRecorder:
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
-        """Record the forward passes inside the ``with`` block."""
+        """Record the forward passes inside the ``with`` block, apart from those without autograd.
+
+        (Recomputation in a backward pass is one of those.)
+        """
         handles = [
             layer.register_forward_pre_hook(
-                lambda layer, inputs, name=name: self._record(name, layer, inputs)
+                lambda layer, args, kwargs, name=name: self._record(name, layer, args, kwargs),
+                with_kwargs=True,
             )
             for name, layer in self.layers.items()
         ]
@@ -75,39 +80,35 @@ class IndicatorRecorder:
 
         Returns:
             (2, layers, samples) float32: the indicator of the auxiliary activation, as the paper
-            plots it, and of the same enlarged by ``lr_expansion``, as the update uses it.
+            plots it, and of the same enlarged by ``lr_expansion``, as the update uses it. A layer
+            that gave fewer samples than another has NaN behind them.
         """
-        both = (self._raw, self._scaled)
-        rows = [[torch.cat(parts) for parts in values.values()] for values in both]
-        for values in both:
+        both = []
+        for values in (self._raw, self._scaled):
+            rows = [torch.cat([*parts, torch.empty(0)]) for parts in values.values()]
+            both.append(nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=nan))
             for parts in values.values():
                 parts.clear()
-        return torch.stack([torch.stack(row) for row in rows])
+        return torch.stack(both)
 
-    def summary(self, values: Tensor) -> dict[str, dict[str, float]]:
+    def summary(self, values: Tensor) -> dict[str, dict[str, float | None]]:
         """Per layer, of what ``take`` returned: median, 5 % quantile and share above 0.
 
-        ``scaled_median`` is the median with ``lr_expansion``.
+        ``scaled_median`` is the median with ``lr_expansion``. None stands for no samples.
         """
-        raw, scaled = values.cpu()
-        columns = {
-            "median": raw.quantile(0.5, dim=1),
-            "quantile_05": raw.quantile(0.05, dim=1),
-            "positive": (raw > 0).float().mean(1),
-            "scaled_median": scaled.quantile(0.5, dim=1),
-        }
         return {
-            name: {column: round(row[i].item(), 6) for column, row in columns.items()}
-            for i, name in enumerate(self.layers)
+            name: _statistics(raw[~raw.isnan()], scaled[~scaled.isnan()])
+            for name, raw, scaled in zip(self.layers, *values.cpu(), strict=True)
         }
 
-    @torch.no_grad()
-    def _record(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        h, r, gain = layer.auxiliary(*inputs)
-        start_dim = 1 if h.dim() == 4 else -1
-        for values, stand_in in ((self._raw, r), (self._scaled, gain * r)):
-            indicator = learning_indicator(h, stand_in, start_dim=start_dim).float().flatten()
-            values[name].append(_thinned(indicator))
+    def _record(self, name: str, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not torch.is_grad_enabled():
+            return
+        with torch.no_grad():
+            h, r, gain = layer.auxiliary(*args, **kwargs)
+            for values, stand_in in ((self._raw, r), (self._scaled, gain * r)):
+                indicator = learning_indicator(h, stand_in, start_dim=-layer.auxiliary_dims)
+                values[name].append(_thinned(indicator.float().flatten()).cpu())
 
 
 def _thinned(values: Tensor) -> Tensor:
@@ -116,3 +117,16 @@ def _thinned(values: Tensor) -> Tensor:
         return values
     places = torch.linspace(0, values.numel() - 1, _VALUES_PER_CALL, device=values.device)
     return values[places.long()]
+
+
+def _statistics(raw: Tensor, scaled: Tensor) -> dict[str, float | None]:
+    columns = ("median", "quantile_05", "positive", "scaled_median")
+    if not raw.numel():
+        return dict.fromkeys(columns)
+    values = (
+        raw.quantile(0.5),
+        raw.quantile(0.05),
+        (raw > 0).float().mean(),
+        scaled.quantile(0.5),
+    )
+    return {column: round(v.item(), 6) for column, v in zip(columns, values, strict=True)}

@@ -111,28 +111,31 @@ def report(model: nn.Module, *inputs: Any) -> Report:
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Put buffers and random state back afterwards."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    devices = {buffer.device for buffer in model.buffers()} | {p.device for p in model.parameters()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {tensor.device for tensor in (*model.buffers(), *model.parameters())}
     try:
         with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
             yield
     finally:
         with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 @contextlib.contextmanager
 def _stock(model: nn.Module) -> Iterator[None]:
     """Let every module that has a ``stock_forward`` use it."""
     modules = [module for module in model.modules() if hasattr(module, "stock_forward")]
+    own = [vars(module).get("forward") for module in modules]  # somebody else's, rarely
     try:
         for module in modules:
             module.forward = module.stock_forward
         yield
     finally:
-        for module in modules:
+        for module, forward in zip(modules, own, strict=True):
             del module.forward
+            if forward is not None:
+                module.forward = forward
 
 
 def _measure_modules(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, int]:
@@ -160,18 +163,15 @@ def _saved_by_module(
     function: Callable[..., Any], args: tuple, kwargs: dict, running: Callable[[], str]
 ) -> dict[str, int]:
     ledger = _Ledger(running)
-    for leaf in tree_leaves((args, kwargs)):
-        if isinstance(leaf, Tensor):
-            ledger.exclude(leaf)
+    for tensor in _tensors((args, kwargs)):
+        ledger.exclude(tensor)
     with _tracing_numpy():
         with ledger, torch.autograd.graph.saved_tensors_hooks(ledger.note_saved, lambda t: t):
             outputs = function(*args, **kwargs)
-        leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-        edges = [
-            torch.autograd.graph.get_gradient_edge(leaf) for leaf in leaves if leaf.requires_grad
-        ]
+        learning = [tensor for tensor in _tensors(outputs) if tensor.requires_grad]
+        edges = [torch.autograd.graph.get_gradient_edge(tensor) for tensor in learning]
         graph = [edge.node for edge in edges]
-        del outputs, leaves
+        del outputs, learning
         gc.collect()
         ledger.note_contexts(graph)
         entries = [entry for entry in ledger.entries.values() if not entry.reference.expired()]
@@ -251,10 +251,10 @@ class _Ledger(TorchDispatchMode):
                 continue
             seen.add(node)
             stack += [parent for parent, _ in node.next_functions if parent is not None]
-            for leaf in tree_leaves(getattr(node, "__dict__", {})):
-                if isinstance(leaf, Tensor) and (entry := self._entry(leaf, made=False)):
+            for tensor in _tensors(getattr(node, "__dict__", {})):
+                if (entry := self._entry(tensor, made=False)) is not None:
                     entry.on_context = True
-                    entry.excluded |= isinstance(leaf, nn.Parameter)
+                    entry.excluded |= isinstance(tensor, nn.Parameter)
 
     def _entry(self, tensor: Tensor, made: bool) -> _Entry | None:
         try:
@@ -269,6 +269,18 @@ class _Ledger(TorchDispatchMode):
         if tensor.device.type == "cpu":
             entry.address = storage.data_ptr()
         return entry
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """The tensors in nested containers and in the attributes of plain objects, such as outputs."""
+    seen, stack = set(), tree_leaves(tree)
+    while stack:
+        leaf = stack.pop()
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif id(leaf) not in seen and not isinstance(leaf, type | nn.Module):
+            seen.add(id(leaf))
+            stack += tree_leaves(getattr(leaf, "__dict__", {}))
 
 
 @contextlib.contextmanager

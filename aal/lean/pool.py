@@ -16,7 +16,7 @@ def window_of(pool: nn.MaxPool2d) -> Window:
     """
     window = Window(
         *(
-            (value, value) if isinstance(value, int) else tuple(value)
+            (value, value) if isinstance(value, int) else (value[0], value[-1])
             for value in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
         ),
         pool.ceil_mode,

@@ -6,6 +6,7 @@ norm keeps anyway. Replays reuse the batch statistics of the forward pass, so ru
 are updated once. The last layer of a chain is never replayed.
 """
 
+import contextlib
 import itertools
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from aal.lean.pool import max_pool, max_pool_backward, window_of
-from aal.ops.autocast import cast, cast_input
+from aal.ops.autocast import cast, cast_input, is_autocast_on
 from aal.ops.batch_norm import (
     Parameters,
     Statistics,
@@ -94,7 +95,7 @@ class ReplayFunction(torch.autograd.Function):
         sources = tensors[: chain.num_sources] if chain.recipe else (x,)
         ctx.chain, ctx.num_first = chain, len(sources)
         ctx.num_kept = [len(keep) for keep in kept]
-        ctx.autocast = _autocast_state(x)
+        ctx.autocast = torch.get_autocast_dtype(x.device.type) if is_autocast_on(x) else None
         ctx.save_for_backward(*sources, *sum(parameters, ()), *sum(kept, ()))
         ctx.mark_non_differentiable(*updates)
         return y, *updates
@@ -108,14 +109,15 @@ class ReplayFunction(torch.autograd.Function):
         first, rest = saved[: ctx.num_first], saved[ctx.num_first :]
         parameters = _split(rest, chain.num_parameters)
         kept = _split(rest[sum(chain.num_parameters) :], ctx.num_kept)
-        with torch.autocast(**ctx.autocast):
+        with _autocast(grad.device, ctx.autocast):
             inputs = [chain.recipe(first) if chain.recipe else first[0]]
             for i, operation in enumerate(operations[:-1]):
                 inputs.append(operation.replay(inputs[i], parameters[i], kept[i]))
 
         _, needs_x, *needs_tensors = ctx.needs_input_grad
         needs = _split(needs_tensors[chain.num_sources :], chain.num_parameters)
-        lowest = 0 if needs_x else next(i for i, need in enumerate(needs) if any(need))
+        learning = [i for i, need in enumerate(needs) if any(need)]
+        lowest = 0 if needs_x else min(learning, default=len(operations))
         grads: list[Tensors] = [(None,) * number for number in chain.num_parameters]
         for i in reversed(range(lowest, len(operations))):
             needs_input = needs_x or i > lowest
@@ -261,14 +263,11 @@ def _update_running_statistics(layer: nn.BatchNorm2d, mean: Tensor, var: Tensor)
             layer.running_var.copy_(var)
 
 
-def _autocast_state(x: Tensor) -> dict[str, object]:
-    """The arguments of ``torch.autocast`` that are in force for ``x``."""
-    device_type = x.device.type
-    return {
-        "device_type": device_type,
-        "dtype": torch.get_autocast_dtype(device_type),
-        "enabled": torch.is_autocast_enabled(device_type),
-    }
+def _autocast(device: torch.device, dtype: torch.dtype | None):
+    """Autocast as it was in the forward pass, whatever it is around the backward pass."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def _split(items: tuple, sizes: list[int]) -> list[tuple]:

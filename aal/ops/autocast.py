@@ -17,9 +17,8 @@ def cast_input(x: Tensor, weight: Tensor) -> Tensor:
     Raises:
         ValueError: the dtypes of ``x`` and ``weight`` differ and autocast is off.
     """
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
-        return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device_type))
+    if is_autocast_on(x):
+        return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
     if x.dtype != weight.dtype:
         raise ValueError(
             f"input is {x.dtype} but weight is {weight.dtype}; cast one or use autocast"
@@ -30,3 +29,9 @@ def cast_input(x: Tensor, weight: Tensor) -> Tensor:
 def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """``tensor.to(dtype)`` for parameters that may be absent."""
     return None if tensor is None else tensor.to(dtype)
+
+
+def is_autocast_on(x: Tensor) -> bool:
+    """Is autocast on for the device of ``x``? It is not for devices that have none, like meta."""
+    device_type = x.device.type
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

@@ -8,6 +8,7 @@ statistics: the forward pass returns the new ones.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # For aten's functions: gradients of input, weight and bias.
@@ -38,12 +39,19 @@ def batch_norm(
 
     Returns:
         The result, what normalised it, and the new running mean and variance, if training.
+
+    Raises:
+        ValueError: another number of channels, or one value per channel in training.
     """
+    channels = parameters.weight.numel()
+    if x.dim() < 2 or x.shape[1] != channels:
+        raise ValueError(f"batch norm needs (N, {channels}, ...), got {tuple(x.shape)}")
+    if training and x.numel() == channels:
+        raise ValueError(f"batch norm needs more than one value per channel, got {tuple(x.shape)}")
     if not training:
-        y, *statistics = torch.ops.aten._batch_norm_no_update(x, *parameters, momentum, eps)
-        return y, Statistics(*statistics), ()
+        return _evaluate(x, parameters, eps), Statistics(*parameters.weight.new_empty(3, 0)), ()
     y, mean, rstd, reserve, new_mean, new_var = torch.ops.aten._batch_norm_with_update_functional(
-        x, *parameters, momentum, eps
+        _dense(x), *parameters, momentum, eps
     )
     return y, Statistics(mean, rstd, reserve), (new_mean, new_var)
 
@@ -53,7 +61,7 @@ def batch_norm_replay(
 ) -> Tensor:
     """The result of ``batch_norm`` once more, bit for bit."""
     if not training:
-        return batch_norm(x, parameters, training, 0.0, eps)[0]
+        return _evaluate(x, parameters, eps)
     mean, rstd, _ = statistics
     if x.device.type != "cpu":
         nothing = torch.zeros_like(parameters.weight)
@@ -63,7 +71,7 @@ def batch_norm_replay(
     # it does in training; a variance of 1 and eps of 0 let the known rstd through unrounded.
     scale = parameters.weight.to(rstd.dtype) * rstd
     known = Parameters(scale, parameters.bias.to(rstd.dtype), mean, torch.ones_like(mean))
-    return torch.ops.aten._batch_norm_no_update(x, *known, 0.0, 0.0)[0]
+    return _evaluate(x, known, 0.0)
 
 
 def batch_norm_backward(
@@ -77,16 +85,30 @@ def batch_norm_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of ``batch_norm`` for input, weight and bias; None where ``needs`` is False."""
     mean, rstd, reserve = statistics
+    if not training:
+        return torch.ops.aten.native_batch_norm_backward(
+            grad_output, x, *parameters[:1], *parameters[2:], mean, rstd, False, eps, needs
+        )
     return torch.ops.aten.batch_norm_backward(
         grad_output,
-        x,
+        _dense(x),
         parameters.weight,
-        None if training else parameters.running_mean,
-        None if training else parameters.running_var,
-        mean if training else None,
-        rstd if training else None,
-        training,
+        None,
+        None,
+        mean,
+        rstd,
+        True,
         eps,
         needs,
         reserve,
     )
+
+
+def _evaluate(x: Tensor, parameters: Parameters, eps: float) -> Tensor:
+    weight, bias, mean, var = parameters
+    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """What cuDNN needs and ``F.batch_norm`` sees to: one of the two memory formats."""
+    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()

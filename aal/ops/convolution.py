@@ -126,4 +126,4 @@ def _pad(x: Tensor, where: Geometry) -> Tensor:
 
 
 def _pair(value: int | Pair) -> Pair:
-    return (value, value) if isinstance(value, int) else tuple(value)
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])

@@ -36,6 +36,18 @@ def layout_of(x: Tensor) -> Layout:
     return Layout(x.shape, tuple(order))
 
 
+class SignCode(NamedTuple):
+    """The signs of a tensor at one bit each; make one with ``sign_code``."""
+
+    packed: Tensor
+    layout: Layout
+
+
+def sign_code(x: Tensor) -> SignCode:
+    """Code the signs of ``x``, for several layers that read it to share."""
+    return SignCode(pack_sign(x), layout_of(x))
+
+
 def pack_sign(x: Tensor) -> Tensor:
     """Return the sign bits of ``x``.
 

@@ -35,6 +35,7 @@ def _unpack_kernel(packed, out, numel, num_bytes, low, BYTES: tl.constexpr):
 
 def pack_sign_triton(x: Tensor) -> Tensor:
     """``pack_sign_reference`` as one kernel: reads each element once, writes each byte once."""
+    x = x.contiguous()
     num_bytes = triton.cdiv(x.numel(), 8)
     packed = torch.empty(num_bytes, dtype=torch.uint8, device=x.device)
     if num_bytes:
@@ -47,6 +48,7 @@ def pack_sign_triton(x: Tensor) -> Tensor:
 
 def unpack_sign_triton(packed: Tensor, numel: int, dtype: torch.dtype, low: int) -> Tensor:
     """``unpack_sign_reference`` as one kernel."""
+    packed = packed.contiguous()
     storage_dtype = torch.uint8 if dtype == torch.bool else dtype
     out = torch.empty(numel, dtype=storage_dtype, device=packed.device)
     if numel:

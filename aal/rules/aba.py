@@ -141,6 +141,7 @@ def linear_aba(
     Returns:
         (..., D); see ``LinearABAFunction`` for what is exact.
     """
+    _check_aux(aux, weight.shape[1])
     return LinearABAFunction.apply(cast_input(x, weight), aux, weight, bias, lr_expansion)
 
 
@@ -167,6 +168,7 @@ def conv2d_aba(
     Returns:
         (N, D, H', W'); see ``Conv2dABAFunction`` for what is exact.
     """
+    _check_aux(aux, weight.shape[1] * groups)
     where = geometry(weight, stride, padding, dilation, groups)
 
     def apply(x: Tensor) -> Tensor:
@@ -196,6 +198,8 @@ class LinearABA(_BiasLayer, nn.Linear):
         in_features, out_features, bias, device, dtype: as ``nn.Linear``.
         lr_expansion: factor on the weight gradient.
     """
+
+    auxiliary_dims = 1
 
     def forward(self, x: Tensor) -> Tensor:
         """See ``linear_aba``."""
@@ -231,3 +235,8 @@ class Conv2dABA(_BiasLayer, Conv2dRule):
         """See ``aal.rules.layer``."""
         aux = self.aux[:, None, None].expand(x.shape)
         return x + aux, aux, self.lr_expansion
+
+
+def _check_aux(aux: Tensor, size: int) -> None:
+    if aux.shape != (size,):
+        raise ValueError(f"aux must have shape ({size},), got {tuple(aux.shape)}")

@@ -23,7 +23,7 @@ from aal.ops.convolution import (
     geometry,
     shape_only,
 )
-from aal.ops.sign_pack import layout_of, pack_sign, unpack_sign
+from aal.ops.sign_pack import Layout, SignCode, sign_code, unpack_sign
 from aal.rules.layer import Conv2dRule, batched
 
 
@@ -43,8 +43,8 @@ class LinearASAFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, packed, weight, bias, low: int, epsilon: float, gain: float):
-        ctx.layout, ctx.low, ctx.gain, ctx.dtype = layout_of(x), low, gain, x.dtype
+    def forward(ctx, x, packed, layout, weight, bias, low: int, epsilon: float, gain: float):
+        ctx.layout, ctx.low, ctx.gain, ctx.dtype = layout, low, gain, x.dtype
         ctx.save_for_backward(packed, weight)
         return F.linear(_add_sign(x, low, epsilon), weight.to(x.dtype), cast(bias, x.dtype))
 
@@ -52,7 +52,7 @@ class LinearASAFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output: Tensor):
         packed, weight = ctx.saved_tensors
-        needs_input, _, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+        needs_input, _, _, needs_weight, needs_bias = ctx.needs_input_grad[:5]
         rows = grad_output.reshape(-1, weight.shape[0])
         grad_input = grad_weight = grad_bias = None
         if needs_input:
@@ -63,7 +63,7 @@ class LinearASAFunction(torch.autograd.Function):
             grad_weight = grad_weight * ctx.gain
         if needs_bias:
             grad_bias = rows.sum(0)
-        return grad_input, None, grad_weight, grad_bias, None, None, None
+        return grad_input, None, None, grad_weight, grad_bias, None, None, None
 
 
 class Conv2dASAFunction(torch.autograd.Function):
@@ -82,9 +82,9 @@ class Conv2dASAFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, packed, weight, bias, where: Geometry, low: int, epsilon, gain):
-        ctx.layout, ctx.where, ctx.low, ctx.gain = layout_of(x), where, low, gain
-        ctx.dtype = x.dtype
+    def forward(ctx, x, packed, layout, weight, bias, where: Geometry, low: int, epsilon, gain):
+        ctx.layout, ctx.where, ctx.low, ctx.gain = layout, where, low, gain
+        ctx.shape, ctx.dtype = x.shape, x.dtype
         ctx.save_for_backward(packed, weight)
         h = _add_sign(x, low, epsilon)
         return convolve(h, weight.to(x.dtype), cast(bias, x.dtype), where)
@@ -93,11 +93,12 @@ class Conv2dASAFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output: Tensor):
         packed, weight = ctx.saved_tensors
-        needs_input, _, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+        needs_input, _, _, needs_weight, needs_bias = ctx.needs_input_grad[:5]
         if needs_weight:
-            source = unpack_sign(packed, ctx.layout, ctx.dtype, low=ctx.low)
+            sign = unpack_sign(packed, ctx.layout, ctx.dtype, low=ctx.low)
+            source = sign.reshape(ctx.shape)  # the layout is that of (C, H, W) if x was
         else:
-            source = shape_only(grad_output, ctx.layout.shape)
+            source = shape_only(grad_output, ctx.shape)
         grad_input, grad_weight, grad_bias = convolve_backward(
             grad_output,
             source,
@@ -107,7 +108,7 @@ class Conv2dASAFunction(torch.autograd.Function):
         )
         if needs_weight:
             grad_weight = grad_weight.to(weight.dtype) * ctx.gain
-        return grad_input, None, grad_weight, grad_bias, None, None, None, None
+        return grad_input, None, None, grad_weight, grad_bias, None, None, None, None
 
 
 def linear_asa(
@@ -118,7 +119,7 @@ def linear_asa(
     relu: bool = False,
     epsilon: float = 0.01,
     lr_expansion: float = 100.0,
-    packed: Tensor | None = None,
+    code: SignCode | None = None,
 ) -> Tensor:
     """``F.linear`` that keeps one bit per element of its input.
 
@@ -129,15 +130,15 @@ def linear_asa(
         relu: decode "not positive" as 0 instead of -1; for inputs that are never negative.
         epsilon: size of the sign that is added to the input.
         lr_expansion: factor on the weight gradient.
-        packed: ``pack_sign(x)``, where several layers read the same input and share one code.
+        code: ``sign_code(x)``, where several layers read the same input and share one code.
 
     Returns:
         (..., D); see ``LinearASAFunction`` for what is exact.
     """
     x = cast_input(x, weight)
-    packed = _code(x, weight, packed)
+    packed, layout = _code(x, weight, code)
     low, gain = _low(relu), lr_expansion * epsilon
-    return LinearASAFunction.apply(x, packed, weight, bias, low, epsilon, gain)
+    return LinearASAFunction.apply(x, packed, layout, weight, bias, low, epsilon, gain)
 
 
 def conv2d_asa(
@@ -152,25 +153,25 @@ def conv2d_asa(
     relu: bool = False,
     epsilon: float = 0.01,
     lr_expansion: float = 100.0,
-    packed: Tensor | None = None,
+    code: SignCode | None = None,
 ) -> Tensor:
     """``F.conv2d`` that keeps one bit per element of its input.
 
     Args:
         x: (N, C, H, W) or (C, H, W).
         weight, bias, stride, padding, dilation, groups: as in ``F.conv2d``.
-        relu, epsilon, lr_expansion, packed: as in ``linear_asa``.
+        relu, epsilon, lr_expansion, code: as in ``linear_asa``.
 
     Returns:
         (N, D, H', W'); see ``Conv2dASAFunction`` for what is exact.
     """
     where = geometry(weight, stride, padding, dilation, groups)
     x = cast_input(x, weight)
-    packed = _code(x, weight, packed)
+    packed, layout = _code(x, weight, code)
     low, gain = _low(relu), lr_expansion * epsilon
 
     def apply(x: Tensor) -> Tensor:
-        return Conv2dASAFunction.apply(x, packed, weight, bias, where, low, epsilon, gain)
+        return Conv2dASAFunction.apply(x, packed, layout, weight, bias, where, low, epsilon, gain)
 
     return batched(apply, x)
 
@@ -187,7 +188,7 @@ class _SignLayer:
         names = ("relu", "epsilon", "lr_expansion")
         return {name: getattr(self, name) for name in names}
 
-    def auxiliary(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
+    def auxiliary(self, x: Tensor, code: SignCode | None = None) -> tuple[Tensor, Tensor, float]:
         """See ``aal.rules.layer``."""
         sign = torch.where(x > 0, 1.0, float(_low(self.relu))).to(x.dtype)
         return x + self.epsilon * sign, self.epsilon * sign, self.lr_expansion
@@ -205,11 +206,13 @@ class LinearASA(_SignLayer, nn.Linear):
         relu, epsilon, lr_expansion: as ``linear_asa``.
     """
 
-    def forward(self, x: Tensor, packed: Tensor | None = None) -> Tensor:
-        """See ``linear_asa``."""
-        return linear_asa(x, self.weight, self.bias, packed=packed, **self.options())
+    auxiliary_dims = 1
 
-    def stock_forward(self, x: Tensor, packed: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, code: SignCode | None = None) -> Tensor:
+        """See ``linear_asa``."""
+        return linear_asa(x, self.weight, self.bias, code=code, **self.options())
+
+    def stock_forward(self, x: Tensor, code: SignCode | None = None) -> Tensor:
         """Backpropagation: what ``nn.Linear`` computes and keeps."""
         return nn.Linear.forward(self, x)
 
@@ -222,12 +225,12 @@ class Conv2dASA(_SignLayer, Conv2dRule):
         relu, epsilon, lr_expansion: as ``linear_asa``.
     """
 
-    def forward(self, x: Tensor, packed: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, code: SignCode | None = None) -> Tensor:
         """See ``conv2d_asa``."""
         options = {**self.arguments(), **self.options()}
-        return conv2d_asa(x, self.weight, self.bias, packed=packed, **options)
+        return conv2d_asa(x, self.weight, self.bias, code=code, **options)
 
-    def stock_forward(self, x: Tensor, packed: Tensor | None = None) -> Tensor:
+    def stock_forward(self, x: Tensor, code: SignCode | None = None) -> Tensor:
         """Backpropagation: what ``nn.Conv2d`` computes and keeps."""
         return nn.Conv2d.forward(self, x)
 
@@ -240,8 +243,11 @@ def _add_sign(x: Tensor, low: int, epsilon: float) -> Tensor:
     return torch.where(x > 0, x + epsilon, x + low * epsilon)
 
 
-def _code(x: Tensor, weight: Tensor, packed: Tensor | None) -> Tensor | None:
-    """The bits to keep: the caller's or new ones, and none when nothing will read them."""
+def _code(x: Tensor, weight: Tensor, code: SignCode | None) -> tuple[Tensor | None, Layout | None]:
+    """Bits and layout to keep: the caller's or new ones, and no bits when nothing reads them."""
+    if code is not None and code.layout.shape != x.shape:
+        shapes = f"{tuple(code.layout.shape)} but the input is {tuple(x.shape)}"
+        raise ValueError(f"code is of a tensor of shape {shapes}")
     if not (weight.requires_grad and torch.is_grad_enabled()):
-        return None
-    return pack_sign(x) if packed is None else packed
+        return None, None
+    return sign_code(x) if code is None else code

@@ -8,6 +8,8 @@ A layer with a rule offers, beside ``forward``:
     the activation ``h`` that the weight multiplies in the forward pass, what stands in for it in
     the weight gradient, ``gain * r``, and the gain (``lr_expansion``). The Learning Indicator
     compares the two.
+``auxiliary_dims``
+    the number of last dimensions over which the indicator is summed: a sample, or a row.
 """
 
 from collections.abc import Callable
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 
 class Conv2dRule(nn.Conv2d):
     """Base of the convolution layers: ``nn.Conv2d`` with zero padding only."""
+
+    auxiliary_dims = 3
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

@@ -22,7 +22,10 @@ def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str], program:
         print(f"{program}: error: {one_line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{program}: interrupted; --resume continues after the last epoch", file=sys.stderr)
+        print(
+            f"{program}: interrupted; --resume continues after the last finished epoch",
+            file=sys.stderr,
+        )
         return 130
 
 
@@ -59,8 +62,8 @@ def positive_int(text: str) -> int:
 
 
 def non_negative_int(text: str) -> int:
-    """An integer of at least 0."""
-    return _number(text, int, lambda value: value >= 0, "a whole number of at least 0")
+    """An integer of at least 0 that fits 63 bits."""
+    return _number(text, int, lambda value: 0 <= value < 2**63, "a whole number of at least 0")
 
 
 def positive_float(text: str) -> float:

@@ -80,12 +80,17 @@ def load(name: str, path: Path) -> Parts:
         UserError: the files are missing or damaged; the text says what to put where.
     """
     if name == "digits":
-        return _digits()
-    if name == "imagenet":
-        return _folders(name, _root(path, ("imagenet", "ImageNet")))
-    if name == "tiny-imagenet":
-        return _folders(name, _root(path, ("tiny-imagenet-200", "tiny-imagenet")))
-    return _from_torchvision(name, path)
+        parts = _digits()
+    elif name == "imagenet":
+        parts = _folders(name, _root(path, ("imagenet", "ImageNet")))
+    elif name == "tiny-imagenet":
+        parts = _folders(name, _root(path, ("tiny-imagenet-200", "tiny-imagenet")))
+    else:
+        parts = _from_torchvision(name, path)
+    for title, part in vars(parts).items():
+        if not len(part):
+            raise UserError(f"{name} in {path} has no images for its {title} part")
+    return parts
 
 
 def synthetic(name: str, batch_size: int) -> Parts:
@@ -156,8 +161,8 @@ def _from_torchvision(name: str, path: Path) -> Parts:
         which = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
         try:
             return dataset(path, **which, transform=transform)
-        except RuntimeError:
-            pass  # not there yet
+        except Exception:
+            pass  # absent or damaged, which torchvision reports in many types; fetch it anew
         try:
             return dataset(path, **which, transform=transform, download=True)
         except Exception as error:  # network, disk and checksum errors of many types
@@ -201,10 +206,16 @@ class _AnnotatedImages(Dataset):
     def __init__(self, annotations: Path, class_to_index: dict[str, int], transform: Callable):
         self.transform = transform
         self.items = []
-        for line in annotations.read_text().splitlines():
+        try:
+            lines = annotations.read_text().split("\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{annotations} is not a text file: {error}") from error
+        for line in filter(str.strip, lines):
             file, label = (line.split("\t") + [""])[:2]
             if label not in class_to_index:
                 raise UserError(f"{annotations} names class {label!r}, which train/ lacks")
+            if not (annotations.parent / "images" / file).is_file():
+                raise UserError(f"{annotations} names {file}, which images/ lacks")
             self.items.append((annotations.parent / "images" / file, class_to_index[label]))
 
     def __len__(self) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from aal.training.command_line import UserError
 
@@ -32,6 +32,12 @@ class Worker:
         """Wait for all processes."""
         if self.world_size > 1:
             dist.barrier()
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give every process the first one's buffers, such as running statistics."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum a tensor over all processes."""
@@ -72,7 +78,23 @@ def parse_devices(words: Sequence[str] | None) -> list[torch.device]:
 
 def is_launched() -> bool:
     """Is this one of several processes, started by ``launch`` or torchrun?"""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ)
+
+
+def num_processes(devices: Sequence[torch.device]) -> int:
+    """How many processes train together.
+
+    Raises:
+        UserError: torchrun started another number of processes than there are devices.
+    """
+    if not is_launched():
+        return len(devices)
+    count = int(os.environ["WORLD_SIZE"])
+    if len(devices) not in (1, int(os.environ.get("LOCAL_WORLD_SIZE", count))):
+        raise UserError(
+            f"--device names {len(devices)} devices, but {count} processes were started"
+        )
+    return count
 
 
 def is_first() -> bool:
@@ -80,7 +102,7 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def launch(script: str, arguments: Sequence[str], num_processes: int) -> int:
+def launch(script: str, arguments: Sequence[str], count: int) -> int:
     """Run ``script`` once per device and return the first bad exit status, or 0.
 
     When one process fails the others are stopped: they would wait for it for ever.
@@ -89,8 +111,8 @@ def launch(script: str, arguments: Sequence[str], num_processes: int) -> int:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = []
-    for rank in range(num_processes):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes}
+    for rank in range(count):
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count}
         own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = os.environ | {name: str(value) for name, value in own.items()}
         processes.append(subprocess.Popen([sys.executable, script, *arguments], env=environment))

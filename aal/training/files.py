@@ -26,13 +26,20 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
+            os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _umask() -> int:
+    """The permissions that the user takes from new files; it can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_text(path: Path, text: str) -> None:
@@ -57,6 +64,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, truncated, or not a checkpoint.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a checkpoint in it, such as best.pth")
     if not path.is_file():
         raise UserError(f"there is no checkpoint at {path}")
     try:

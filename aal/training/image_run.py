@@ -105,13 +105,15 @@ class ImageRun:
         args.lr = vars(args).get("lr", self.usual["lr"])
         self.workers = 0 if args.dry_run else vars(args).get("workers", images.workers)
         self.devices = devices.parse_devices(vars(args).get("device"))
-        if args.batch_size % len(self.devices):
-            size, count = args.batch_size, len(self.devices)
-            raise UserError(f"--batch-size {size} does not divide by {count} devices")
+        count = devices.num_processes(self.devices)
+        if args.batch_size % count:
+            raise UserError(f"--batch-size {args.batch_size} does not divide by {count} processes")
         settings = {name: getattr(args, name) for name in self.usual}
-        self.config = {"dataset": args.dataset, **self.options, **settings}
+        self.config = {"dataset": args.dataset, **self.options, **settings, "get_li": args.get_li}
         self.function = {"dataset": args.dataset, **self.function}
-        self.resume = args.resume or args.checkpoint
+        args.resume = args.resume or args.checkpoint
+        _refuse_together(args, "model_path", "dry_run", "resume")
+        _refuse_together(args, "dry_run", "resume")
         devices.seed_everything(args.seed)
         self.model = self.build(images)
         if args.get_li:
@@ -125,7 +127,7 @@ class ImageRun:
         elif not args.dry_run:
             self.folder = RunFolder(args.output, self.name())
             if devices.is_first():
-                self.folder.check(self.resume)
+                self.folder.check(args.resume)
         if args.dry_run:
             self.parts = data.synthetic(args.dataset, args.batch_size)
         else:
@@ -142,6 +144,7 @@ class ImageRun:
     def execute(self, worker: Worker) -> None:
         """Score a checkpoint, try two steps, or train and then score the best epoch."""
         self.model.to(worker.device)
+        devices.seed_everything(self.args.seed + worker.rank)  # augmentation differs by process
         if "model_path" in self.args:
             self._print_test(self._score(self.parts.test, worker, "test"), worker)
         elif self.args.dry_run:
@@ -187,9 +190,12 @@ class ImageRun:
     def _train(self, worker: Worker) -> None:
         trainer, loader = self._trainer(worker)
         first_epoch, best = 0, float("-inf")
-        if self.resume:
+        if self.args.resume:
             state = self.folder.resume(self.config)
-            trainer.load_state(state)
+            try:
+                trainer.load_state(state)
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise UserError(f"{self.folder.last} is damaged: {error}") from error
             first_epoch, best = state["epoch"], state["best_accuracy"]
         elif worker.is_main:
             self.folder.start(self.config)
@@ -225,6 +231,7 @@ class ImageRun:
         peak = None
         if worker.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(worker.device) / MIB
+        worker.share_buffers(self.model)  # what is validated is what is saved
         validation = self._score(self.parts.validation, worker, title)
         row = {
             "epoch": epoch + 1,
@@ -241,7 +248,7 @@ class ImageRun:
         }
         if self.recorder is None:
             return row, None
-        values = worker.gather(self.recorder.take())
+        values = worker.gather(self.recorder.take().to(worker.device))
         row["indicator"] = self.recorder.summary(values)
         return row, values[0].cpu().numpy()
 
@@ -273,6 +280,14 @@ def run(image_run: ImageRun, script: str, arguments: Sequence[str]) -> int:
     with devices.joined(image_run.devices) as worker:
         image_run.execute(worker)
     return 0
+
+
+def _refuse_together(args: argparse.Namespace, first: str, *others: str) -> None:
+    if vars(args).get(first):
+        for name in others:
+            if getattr(args, name):
+                flags = [f"--{word.replace('_', '-')}" for word in (first, name)]
+                raise UserError(f"{flags[0]} and {flags[1]} exclude each other")
 
 
 def _line(row: Mapping[str, Any], epochs: int) -> str:

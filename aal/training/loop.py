@@ -108,10 +108,12 @@ class Trainer:
         self._bare_model().load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+        if not self.worker.is_main:
+            return  # the random state is the first process's; the others draw their own
         torch.set_rng_state(state["rng"]["cpu"])
         if self.worker.device.type == "cuda" and "cuda" in state["rng"]:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.worker.device)
-        self.step = state["step"]
 
     def _bare_model(self) -> nn.Module:
         """The model without the wrapper for several processes."""
@@ -125,8 +127,8 @@ class Trainer:
     def _check(self, loss: Tensor, title: str) -> None:
         if not math.isfinite(loss.item()):
             raise UserError(
-                f"the loss is {loss.item()} at step {self.step} ({title}); "
-                "try a lower --lr. Files of earlier epochs are untouched"
+                f"the loss is {loss.item()} at step {self.step} ({title}); try a lower --lr. "
+                "Files of earlier epochs are untouched"
             )
 
 
@@ -134,7 +136,11 @@ class Trainer:
 def evaluate(
     model: nn.Module, loader: DataLoader, worker: Worker, amp: str, title: str
 ) -> dict[str, float]:
-    """Loss, accuracy in per cent and number of samples over all processes."""
+    """Loss, accuracy in per cent and number of samples over all processes.
+
+    Raises:
+        UserError: the loss is not finite.
+    """
     model.eval()
     totals = _Totals(worker)
     for images, labels in _batches(loader, title, totals):
@@ -142,7 +148,10 @@ def evaluate(
             logits = model(images)
             loss = nn.functional.cross_entropy(logits, labels)
         totals.add(loss, logits, labels)
-    return totals.means()
+    means = totals.means()
+    if not math.isfinite(means["loss"]):
+        raise UserError(f"the loss is {means['loss']} ({title}): the weights are no good")
+    return means
 
 
 class _Totals:

@@ -41,10 +41,17 @@ class RunFolder:
         return self.path / "best.pth"
 
     def check(self, resume: bool) -> None:
-        """Raise ``UserError`` if there is a run and none should be, or the other way round."""
-        if resume and not self.last.is_file():
+        """Raise ``UserError`` if there is a run and none should be, or the other way round.
+
+        A run that was stopped in its first epoch left nothing to continue, and is begun again.
+        """
+        try:
+            files = {file.name for file in self.path.iterdir()} if self.path.exists() else set()
+        except OSError as error:
+            raise UserError(f"cannot use {self.path}: {error.strerror}") from error
+        if resume and not {"last.pth", "best.pth"} <= files:
             raise UserError(f"nothing to resume: there is no {self.last}")
-        if self.path.exists() and not resume:
+        if not resume and ("last.pth" in files or files and "config.json" not in files):
             raise UserError(
                 f"{self.path} already holds a run; --resume continues it, --output names another "
                 "place"
@@ -53,7 +60,7 @@ class RunFolder:
     def start(self, config: dict[str, Any]) -> None:
         """Create the folder and record what runs, and where."""
         try:
-            self.path.mkdir(parents=True)
+            self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot create {self.path}: {error.strerror}") from error
         write_json(self.path / "config.json", config)
@@ -66,13 +73,21 @@ class RunFolder:
             UserError: a file is damaged, or belongs to a run with other settings.
         """
         state = read_checkpoint(self.last)
+        if not {"config", "epoch", "best_accuracy"} <= set(state):
+            raise UserError(f"{self.last} is not the state of a run")
         check_agrees(self.last, state["config"], config)
+        epochs = state["epoch"]
         try:
             lines = (self.path / "metrics.jsonl").read_text().splitlines()
-            self.metrics = [json.loads(line) for line in lines[: state["epoch"]]]
-            if self._indicator_file.is_file():
-                self.indicators = list(np.load(self._indicator_file)[: state["epoch"]])
-        except (OSError, ValueError, EOFError) as error:
+            self.metrics = [json.loads(line) for line in lines[:epochs]]
+            if [row["epoch"] for row in self.metrics] != list(range(1, epochs + 1)):
+                raise ValueError("metrics.jsonl lacks epochs")
+            if config["get_li"]:
+                indicators = np.load(self._indicator_file, allow_pickle=False)[:epochs]
+                if indicators.ndim != 3 or len(indicators) != epochs:
+                    raise ValueError(f"{self._indicator_file.name} lacks epochs")
+                self.indicators = list(indicators)
+        except (OSError, ValueError, EOFError, KeyError, TypeError, IndexError) as error:
             raise UserError(f"the records in {self.path} are damaged: {error}") from error
         return state
 
@@ -81,7 +96,7 @@ class RunFolder:
     ) -> None:
         """Record an epoch. The full state comes last: until it is there, the epoch is redone."""
         self.metrics.append(row)
-        lines = "".join(json.dumps(metrics) + "\n" for metrics in self.metrics)
+        lines = "".join(json.dumps(metrics, allow_nan=False) + "\n" for metrics in self.metrics)
         write_text(self.path / "metrics.jsonl", lines)
         columns = ("train_accuracy", "val_accuracy", "train_loss", "val_loss")
         table = [[metrics[column] for column in columns] for metrics in self.metrics]
@@ -105,6 +120,8 @@ class RunFolder:
 
 def check_agrees(path: Path, made_with: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raise ``UserError`` if a checkpoint was made with other settings than the wanted ones."""
+    if not isinstance(made_with, dict):
+        raise UserError(f"{path} is not a checkpoint of this project")
     for name, value in wanted.items():
         if made_with.get(name, value) != value:
             flag = name.replace("_", "-")

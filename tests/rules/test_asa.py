@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from aal import Conv2dASA, LinearASA, conv2d_asa, linear_asa
 from aal.memory import saved_bytes
-from aal.ops.sign_pack import pack_sign
+from aal.ops.sign_pack import sign_code
 
 every_case = pytest.mark.parametrize("case", CONV_CASES)
 leading_dims = pytest.mark.parametrize("lead", [(), (5,), (3, 5), (2, 0)], ids=str)
@@ -108,8 +108,8 @@ class SharedCode(nn.Module):
         self.query, self.key = LinearASA(7, 4), LinearASA(7, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        packed = pack_sign(x)
-        return self.query(x, packed) * self.key(x, packed)
+        code = sign_code(x)
+        return self.query(x, code) * self.key(x, code)
 
 
 @both_codes
@@ -232,16 +232,30 @@ def test_two_layers_keep_one_shared_code():
 def test_shared_code_changes_nothing(rule):
     function, _, tensors = rule
     given = tensors()
-    shared = run(lambda **t: function(**t, packed=pack_sign(t["x"])), **given)
+    shared = run(lambda **t: function(**t, code=sign_code(t["x"])), **given)
     assert_same_bits(shared, run(function, **given))
 
 
 def test_shared_code_is_the_one_that_backward_reads():
     given = linear_tensors()
-    ones = pack_sign(torch.ones_like(given["x"]))
-    y, found = run(lambda **t: linear(**t, packed=ones), **given)
+    ones = sign_code(torch.ones_like(given["x"]))
+    y, found = run(lambda **t: linear(**t, code=ones), **given)
     expected = GAIN * cotangent_of(y).sum((0, 1))[:, None].expand(4, 7)
     torch.testing.assert_close(found["weight"], expected)
+
+
+def test_shared_code_may_come_from_other_strides(rule):
+    function, _, tensors = rule
+    given = tensors()
+    other = given["x"].transpose(-1, -2).contiguous().transpose(-1, -2)
+    shared = run(lambda **t: function(**t, code=sign_code(other)), **given)
+    assert_same_bits(shared, run(function, **given))
+
+
+def test_code_of_another_shape_is_refused():
+    given = linear_tensors()
+    with pytest.raises(ValueError, match="code is of a tensor of shape"):
+        linear_asa(**given, code=sign_code(torch.ones(3)))
 
 
 @LOW_PRECISION
