@@ -3,8 +3,10 @@
 import pytest
 import torch
 from helpers import assert_no_worse
+from torch import Tensor, nn
 
-from aal import learning_indicator
+from aal import Conv2dARA, LinearASA, learning_indicator
+from aal.indicator import IndicatorRecorder
 
 TOLERANCE = 1e-6  # what is added to the denominator
 
@@ -66,3 +68,62 @@ def test_half_precision_is_summed_in_float32(dtype):
     exact = learning_indicator(h.double(), r.double())
     assert found.dtype == torch.float32
     assert_no_worse(found, learning_indicator(h.float(), r.float()), exact, factor=1)
+
+
+class TwoLayers(nn.Module):
+    """A layer that is called twice, one called by keyword, and one that is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice, self.keyword = LinearASA(6, 6), Conv2dARA(2, 2, 1)
+        self.idle = LinearASA(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.twice(self.twice(x), code=None)
+        return self.keyword(x, aux=0.5 * x)
+
+
+def test_recorder_follows_the_calls_of_every_layer():
+    model = TwoLayers()
+    recorder = IndicatorRecorder(model)
+    x = torch.randn(3, 2, 5, 6)
+    with recorder.sampling():
+        y = model(x)
+        with torch.no_grad():
+            model(x)  # recomputation, say
+    model(x)
+    values = recorder.take()
+    counts = (~values.isnan()).sum(2)
+    assert counts.tolist() == [[60, 3, 0]] * 2  # rows twice, samples, nothing
+    expected = torch.full((3,), 0.75)  # 1 - |h - h / 2|^2 / |h|^2
+    torch.testing.assert_close(values[0, 1, :3], expected)
+    summary = recorder.summary(values)
+    assert summary["keyword"]["median"] == 0.75 and summary["keyword"]["positive"] == 1
+    assert summary["idle"] == dict.fromkeys(summary["keyword"])
+    assert y.requires_grad and recorder.take().numel() == 0
+
+
+def test_recorder_scales_by_the_gain():
+    layer = LinearASA(8, 4, epsilon=0.1, lr_expansion=5.0)
+    recorder = IndicatorRecorder(layer)
+    x = torch.randn(7, 8)
+    with recorder.sampling():
+        layer(x)
+    sign = torch.where(x > 0, 1.0, -1.0)
+    h = x + 0.1 * sign
+    raw, scaled = recorder.take()
+    torch.testing.assert_close(raw[0], learning_indicator(h, 0.1 * sign, start_dim=-1))
+    torch.testing.assert_close(scaled[0], learning_indicator(h, 0.5 * sign, start_dim=-1))
+
+
+def test_recorder_holds_a_bounded_number_of_values():
+    layer = LinearASA(2, 2)
+    recorder = IndicatorRecorder(layer)
+    with recorder.sampling():
+        layer(torch.randn(5000, 2))
+    assert recorder.take().shape == (2, 1, 512)
+
+
+def test_recorder_needs_an_auxiliary_layer():
+    with pytest.raises(ValueError, match="no layer has an auxiliary activation"):
+        IndicatorRecorder(nn.Linear(2, 2))

@@ -1,6 +1,8 @@
 """Saved bytes against counts by hand, and reports that leave the model as it was."""
 
 import copy
+import dataclasses
+import types
 
 import numpy as np
 import pytest
@@ -318,3 +320,24 @@ def test_report_restores_forward_when_the_stock_layers_raise():
 def test_report_measures_where_gradients_are_off():
     with torch.no_grad():
         assert report(network(), torch.randn(IMAGE)).saved_bytes > 0
+
+
+@dataclasses.dataclass
+class Outputs:
+    """An output that PyTorch's pytrees do not know."""
+
+    logits: Tensor
+
+
+def test_outputs_may_be_any_object():
+    linear = nn.Linear(4, 8)
+    x = torch.randn(16, 4)
+    expected = saved_bytes(lambda: linear(x).relu())
+    assert expected == 16 * 4 * 4 + 16 * 8 * 4
+    assert saved_bytes(lambda: Outputs(linear(x).relu())) == expected
+    assert saved_bytes(lambda: [types.SimpleNamespace(a=Outputs(linear(x).relu()))]) == expected
+
+
+def test_a_network_without_memory_is_measured_on_the_meta_device():
+    layer = LinearASA(64, 8, device="meta")
+    assert saved_bytes(layer, torch.empty(32, 64, device="meta")) == 32 * 64 // 8

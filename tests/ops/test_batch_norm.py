@@ -119,3 +119,15 @@ def test_only_the_gradients_that_are_needed_are_computed(needed, training):
     needs = tuple(i == needed for i in range(3))
     found = batch_norm_backward(x, x, parameters, training, EPS, statistics, needs)
     assert [grad is not None for grad in found] == list(needs)
+
+
+def test_another_number_of_channels_is_refused():
+    parameters = Parameters(*(torch.ones(8) for _ in range(4)))
+    with pytest.raises(ValueError, match=r"needs \(N, 8, ...\), got \(2, 5, 3, 3\)"):
+        batch_norm(torch.randn(2, 5, 3, 3), parameters, True, 0.1, EPS)
+
+
+def test_one_value_per_channel_cannot_be_normalised_in_training():
+    parameters = Parameters(*(torch.ones(8) for _ in range(4)))
+    with pytest.raises(ValueError, match="more than one value per channel"):
+        batch_norm(torch.randn(1, 8, 1, 1), parameters, True, 0.1, EPS)

@@ -87,4 +87,19 @@ def test_a_bad_output_gets_one_line_and_status_2(
     status, _, err = call(
         "learning_indicator.py", "--li_path", files[0], "--output", tmp_path / output
     )
-    assert status == 2 and err.count("\n") == 1 and "cannot write" in err
+    assert status == 2 and err.count("\n") == 1 and output in err
+
+
+def test_what_is_drawn_is_not_overwritten(call: Callable, files: list[Path]):
+    path = files[0].rename(files[0].with_suffix(".png"))
+    before = path.read_bytes()
+    status, _, err = call("learning_indicator.py", "--li_path", path)
+    assert status == 2 and err.count("\n") == 1 and "overwrite" in err
+    assert path.read_bytes() == before
+
+
+def test_values_must_be_real_numbers(call: Callable, tmp_path: Path):
+    for number, values in enumerate((np.array([1j]), np.array(["a"]), np.array([np.nan]))):
+        np.save(tmp_path / f"{number}.npy", values)
+        status, _, err = call("learning_indicator.py", "--li_path", tmp_path / f"{number}.npy")
+        assert status == 2 and err.count("\n") == 1

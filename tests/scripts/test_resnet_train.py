@@ -9,8 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from resnet import build, load_weights
 from scripts.conftest import files_of, run_folder
 from torch.utils._pytree import tree_leaves
+
+from aal.training import data
+from aal.training.devices import Worker
+from aal.training.loop import evaluate
 
 RULES = ["bp", "ara", "aba", "asa"]
 ARA = ("--learning-rule", "ara", "--ARA-stride", "2", "2", "2", "2")
@@ -177,13 +182,21 @@ def test_dashes_underscores_and_truth_values_are_understood(train: Callable):
 
 
 @pytest.mark.slow
-def test_two_processes_train_together(train: Callable, tmp_path: Path):
+def test_two_processes_train_together(train: Callable, tmp_path: Path, tiny_imagenet: Path):
     status, out, err = train(*ARA, "--get-li", "--epochs", 1, "--device", "cpu", "cpu")
     assert status == 0, err
     assert out.count("epoch 1/1") == 1 and out.count("test accuracy") == 1
     folder = run_folder(tmp_path)
     # each process records its share of the batch
     assert np.load(folder / f"{folder.name}_li.npy").shape == (1, 5, 12)
+    # what is validated is what is saved
+    row = json.loads((folder / "metrics.jsonl").read_text())
+    network = build("resnet18", num_classes=200, stem="medium")
+    load_weights(network, torch.load(folder / "last.pth", weights_only=True)["model"])
+    validation = data.load("tiny-imagenet", tiny_imagenet).validation
+    loader = data.evaluation_loader(validation, 8, 0, Worker(torch.device("cpu")))
+    scored = evaluate(network, loader, Worker(torch.device("cpu")), "off", "")
+    assert scored["loss"] == pytest.approx(row["val_loss"], rel=1e-5)
 
 
 @pytest.mark.slow
@@ -224,6 +237,11 @@ BAD_COMMANDS = {
     "missing checkpoint": (("--model_path", "nowhere.pth"), "nowhere.pth"),
     "nothing to resume": (("--resume",), "nothing to resume"),
     "missing data": (("--data-path", "nowhere"), "nowhere"),
+    "long name": (("--output", "x" * 300), "xxx"),
+    "seed beyond 63 bits": (("--seed", "99999999999999999999"), "--seed"),
+    "score and try": (("--model_path", "x.pth", "--dry-run"), "exclude each other"),
+    "resume and try": (("--resume", "--dry-run"), "exclude each other"),
+    "checkpoint is a folder": (("--model_path", "."), "is a folder"),
     "output is a file": (("--output", __file__), "test_resnet_train.py"),
 }
 
@@ -254,6 +272,52 @@ def test_a_loss_that_is_not_finite_stops_the_run(train: Callable, tmp_path: Path
     folder = run_folder(tmp_path)
     for file in folder.glob("*.pth"):
         assert all(t.isfinite().all() for t in torch.load(file)["model"].values()), file
+
+
+def test_a_loss_that_is_not_finite_at_the_end_is_noticed(train: Callable, tmp_path: Path):
+    status, out, err = train("--lr", 1e30, "--epochs", 1, "--batch-size", 14)  # a single step
+    assert status == 2 and "test accuracy" not in out
+    assert err.count("\n") == 1 and "the loss is nan" in err
+    assert not list(run_folder(tmp_path).glob("*.pth"))
+
+
+def test_a_run_that_was_stopped_in_its_first_epoch_begins_again(train: Callable, tmp_path: Path):
+    train("--lr", 1e30, "--epochs", 1, "--batch-size", 14)
+    folder = run_folder(tmp_path)
+    status, _, err = train("--lr", 1e30, "--epochs", 1, "--batch-size", 14, "--resume")
+    assert status == 2 and "nothing to resume" in err
+    status, _, err = train("--lr", 1e30, "--epochs", 1, "--batch-size", 14)
+    assert status == 2 and "the loss is nan" in err  # it began, as before
+    (folder / "config.json").rename(folder / "letter.txt")  # somebody else's folder
+    status, _, err = train("--lr", 1e30, "--epochs", 1, "--batch-size", 14)
+    assert status == 2 and "already holds" in err
+
+
+DAMAGES = {
+    "metrics lost": ("metrics.jsonl", lambda path: path.unlink()),
+    "metrics cut": ("metrics.jsonl", lambda path: path.write_text("")),
+    "metrics of numbers": ("metrics.jsonl", lambda path: path.write_text("3\n")),
+    "indicators lost": ("*_li.npy", lambda path: path.unlink()),
+    "indicators cut": ("*_li.npy", lambda path: path.write_bytes(path.read_bytes()[:-9])),
+    "indicators of no epochs": ("*_li.npy", lambda path: np.save(path, np.float32(1))),
+    "state of nothing": ("last.pth", lambda path: torch.save({}, path)),
+    "best as last": ("last.pth", lambda path: shutil.copy(path.parent / "best.pth", path)),
+    "best lost": ("best.pth", lambda path: path.unlink()),
+}
+
+
+@pytest.mark.parametrize("file, damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_damaged_records_are_not_continued(
+    train: Callable, tmp_path: Path, finished_run: Path, file: str, damage: Callable
+):
+    shutil.copytree(finished_run, tmp_path / "runs")
+    (path,) = run_folder(tmp_path).glob(file)
+    damage(path)
+    before = files_of(tmp_path)
+    status, _, err = train(*ARA, "--get-li", "--epochs", 1, "--resume")
+    assert status == 2
+    assert err.count("\n") == 1 and err.startswith("train.py: error: ")
+    assert files_of(tmp_path) == before
 
 
 def test_a_truncated_checkpoint_is_refused(train: Callable, tmp_path: Path):
