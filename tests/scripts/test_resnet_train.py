@@ -271,7 +271,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(train: Callable, tmp_path: Path
     assert err.count("\n") == 1 and "the loss is" in err and "--lr" in err
     folder = run_folder(tmp_path)
     for file in folder.glob("*.pth"):
-        assert all(t.isfinite().all() for t in torch.load(file)["model"].values()), file
+        assert all(t.isfinite().all() for t in torch.load(file, weights_only=True)["model"].values()), file
 
 
 def test_a_loss_that_is_not_finite_at_the_end_is_noticed(train: Callable, tmp_path: Path):
