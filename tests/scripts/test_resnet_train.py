@@ -269,9 +269,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(train: Callable, tmp_path: Path
     status, out, err = train("--lr", 1e30, "--epochs", 3)
     assert status == 2
     assert err.count("\n") == 1 and "the loss is" in err and "--lr" in err
-    folder = run_folder(tmp_path)
-    for file in folder.glob("*.pth"):
-        assert all(t.isfinite().all() for t in torch.load(file, weights_only=True)["model"].values()), file
+    assert not list(run_folder(tmp_path).glob("*.pth"))
 
 
 def test_a_loss_that_is_not_finite_at_the_end_is_noticed(train: Callable, tmp_path: Path):
