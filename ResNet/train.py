@@ -14,15 +14,20 @@ Minutes on two CPU cores, with images that need no download:
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from resnet import DEFAULT_ARA_STRIDE, LEAN, MODELS, RULES, ResNet, build, load_weights
 
 from aal.training import command_line, image_run
-from aal.training.command_line import UserError
-from aal.training.data import Description
+from aal.training.command_line import UserError, note
+from aal.training.descriptions import Description
+from aal.training.recipe import Recipe, add_recipe_flags
 
 OPTIONS = ("model", "learning_rule", "ARA_stride", "lean", "gcp")
-RECIPE = {"lr": 0.05, "epochs": 100, "batch_size": 512}
+RECIPE = Recipe(lr=0.05, scale_lr=True, epochs=100, batch_size=512, scheduler="cos", drop_epochs=30)
+WEIGHT_DECAY = {"sgd": 1e-4, "adam": 0.0}
+WARMUP_SHARE = {"cos": 0.1, "step": 0.0}  # of the epochs
+RECIPE_FLAGS = ("optimizer", "scheduler", "lr", "epochs", "batch_size", "amp", "seed")
 
 
 def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
@@ -48,14 +53,15 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_switch("--gcp", help="compute 1x1 convolutions and the stem twice as well")
     parser.add_switch("--actnn", help="not available yet")
-    image_run.add_arguments(parser, **RECIPE)
+    image_run.add_arguments(parser, test_batch_size=512)
+    add_recipe_flags(parser, RECIPE_FLAGS, {"ResNets": RECIPE}, schedulers=tuple(WARMUP_SHARE))
     args = parser.parse_args(arguments)
     if args.actnn:
         raise UserError("--actnn is not available yet; leave it out (--gcp saves memory exactly)")
     if "ARA_stride" not in args:
         args.ARA_stride = list(DEFAULT_ARA_STRIDE)
     elif args.learning_rule == "bp":
-        print("train.py: note: --ARA-stride does nothing under --learning-rule bp", file=sys.stderr)
+        note("--ARA-stride does nothing under --learning-rule bp")
         args.ARA_stride = list(DEFAULT_ARA_STRIDE)
     if len(args.ARA_stride) != 4 or min(args.ARA_stride) < 1:
         given = " ".join(map(str, args.ARA_stride))
@@ -77,6 +83,17 @@ def title(args: argparse.Namespace) -> str:
     elif (args.lean == "off") == (args.learning_rule != "bp"):
         words.append(f"lean-{args.lean}")
     return "_".join(words)
+
+
+def recipe(args: argparse.Namespace) -> Recipe:
+    """Weight decay goes with the optimiser, warm-up with the schedule and the epochs."""
+    given = vars(args)
+    share = WARMUP_SHARE[given.get("scheduler", RECIPE.scheduler)]
+    return replace(
+        RECIPE,
+        weight_decay=WEIGHT_DECAY[given.get("optimizer", RECIPE.optimizer)],
+        warmup_epoch=share * given.get("epochs", RECIPE.epochs),
+    )
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -102,7 +119,9 @@ def main(arguments: Sequence[str]) -> int:
         "learning_rule": "bp or ara" if plain else args.learning_rule,
         "ARA_stride": None if plain else args.ARA_stride,
     }
-    run = image_run.ImageRun(args, RECIPE, options, function, title(args), build_for, load_weights)
+    run = image_run.ImageRun(
+        args, recipe(args), options, function, title(args), build_for, load_weights
+    )
     return image_run.run(run, __file__, arguments)
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 _TRUE = ("true", "yes", "on", "1")
@@ -23,7 +23,7 @@ def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str], program:
         return 2
     except KeyboardInterrupt:
         print(
-            f"{program}: interrupted; --resume continues after the last finished epoch",
+            f"{program}: interrupted; --resume continues after the last validation",
             file=sys.stderr,
         )
         return 130
@@ -40,20 +40,34 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs
         )
+        self._rejected: dict[str, str] = {}
 
     def parse_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
-        known = {flag.lower(): flag for flag in self._option_string_actions}
-        return super().parse_args([_canonical(word, known) for word in args], namespace)
+        known = {flag.lower(): flag for flag in [*self._option_string_actions, *self._rejected]}
+        words = [_canonical(word, known) for word in args]
+        for flag in (word.partition("=")[0] for word in words):
+            if flag in self._rejected:
+                raise UserError(f"{flag} {self._rejected[flag]}")
+        return super().parse_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))
 
-    def add_switch(self, flag: str, help: str) -> None:
+    def add_switch(self, flag: str, help: str, default: Any = False) -> None:
         """Add a switch: ``--flag``, ``--flag True``, ``--flag False`` or ``--no-flag``."""
-        self.add_argument(flag, nargs="?", const=True, default=False, type=_truth, help=help)
+        self.add_argument(flag, nargs="?", const=True, default=default, type=_truth, help=help)
         negative, name = flag.replace("--", "--no-", 1), flag[2:].replace("-", "_")
         hidden = argparse.SUPPRESS
         self.add_argument(negative, dest=name, action="store_false", default=hidden, help=hidden)
+
+    def reject(self, hints: Mapping[str, str]) -> None:
+        """Answer flags of old releases, by name, with what became of them."""
+        self._rejected.update(hints)
+
+
+def note(text: str) -> None:
+    """Tell the user something that stops nothing, on stderr."""
+    print(f"train.py: note: {text}", file=sys.stderr)
 
 
 def positive_int(text: str) -> int:
@@ -69,6 +83,21 @@ def non_negative_int(text: str) -> int:
 def positive_float(text: str) -> float:
     """A finite number above 0."""
     return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
+
+
+def non_negative_float(text: str) -> float:
+    """A finite number of at least 0."""
+    return _number(text, float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
+
+
+def probability(text: str) -> float:
+    """A number from 0 to 1."""
+    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def fraction(text: str) -> float:
+    """A number of at least 0 and below 1."""
+    return _number(text, float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 
 
 def _number(text: str, kind: type, valid: Callable[[Any], bool], wanted: str) -> Any:

@@ -4,60 +4,24 @@ The validation part is cut from the training images by a permutation that is the
 run, so that the test images choose nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
+from aal.training.augmentation import transforms
 from aal.training.command_line import UserError
+from aal.training.descriptions import DATASETS
 from aal.training.devices import Worker
 
 _VALIDATION_SHARE, _MAX_VALIDATION = 0.1, 10_000
 _SPLIT_SEED = 0
 _SYNTHETIC_SIZE = 2  # batches, for a dry run
-
-
-@dataclass(frozen=True)
-class Description:
-    """What the network and the transforms need to know of a data set."""
-
-    num_classes: int
-    channels: int
-    size: int  # pixels per side
-    stem: str  # of the ResNet
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    flip: bool = False  # mirror training images; random crops go with it
-    workers: int = 4  # loading processes
-    batch_size: int | None = None  # where the recipe's would leave too few steps
-
-
-_MNIST = {"num_classes": 10, "channels": 1, "size": 28, "stem": "small"}
-_CIFAR = {"channels": 3, "size": 32, "stem": "small", "flip": True}
-
-DATASETS: dict[str, Description] = {
-    "digits": Description(10, 1, 32, "small", (0.3053,), (0.3236,), workers=0, batch_size=32),
-    "mnist": Description(**_MNIST, mean=(0.1307,), std=(0.3081,)),
-    "fashion-mnist": Description(**_MNIST, mean=(0.2860,), std=(0.3530,)),
-    "cifar10": Description(
-        num_classes=10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), **_CIFAR
-    ),
-    "cifar100": Description(
-        num_classes=100, mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761), **_CIFAR
-    ),
-    "svhn": Description(10, 3, 32, "small", (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
-    "tiny-imagenet": Description(
-        200, 3, 64, "medium", (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821), flip=True
-    ),
-    "imagenet": Description(
-        1000, 3, 224, "large", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), flip=True
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -69,35 +33,39 @@ class Parts:
     test: Dataset
 
 
-def load(name: str, path: Path) -> Parts:
+def load(name: str, path: Path, *, img_size: int | None = None, autoaugment: bool = False) -> Parts:
     """Open a data set.
 
     Args:
         name: a key of ``DATASETS``.
         path: folder to read from; torchvision downloads into it what it can.
+        img_size: pixels per side to bring images to, as when fine-tuning; None keeps their size.
+        autoaugment: change training images by the policy found for the data set.
 
     Raises:
         UserError: the files are missing or damaged; the text says what to put where.
     """
+    augmented, plain = transforms(name, img_size, autoaugment)
     if name == "digits":
-        parts = _digits()
+        parts = _digits(augmented, plain)
     elif name == "imagenet":
-        parts = _folders(name, _root(path, ("imagenet", "ImageNet")))
+        parts = _folders(name, _root(path, ("imagenet", "ImageNet")), augmented, plain)
     elif name == "tiny-imagenet":
-        parts = _folders(name, _root(path, ("tiny-imagenet-200", "tiny-imagenet")))
+        root = _root(path, ("tiny-imagenet-200", "tiny-imagenet"))
+        parts = _folders(name, root, augmented, plain)
     else:
-        parts = _from_torchvision(name, path)
+        parts = _from_torchvision(name, path, augmented, plain)
     for title, part in vars(parts).items():
         if not len(part):
             raise UserError(f"{name} in {path} has no images for its {title} part")
     return parts
 
 
-def synthetic(name: str, batch_size: int) -> Parts:
+def synthetic(name: str, batch_size: int, *, img_size: int | None = None) -> Parts:
     """Random images of the shape of data set ``name``, for a dry run."""
     what = DATASETS[name]
-    count = _SYNTHETIC_SIZE * batch_size
-    images = torch.randn(count, what.channels, what.size, what.size)
+    count, size = _SYNTHETIC_SIZE * batch_size, img_size or what.size
+    images = torch.randn(count, what.channels, size, size)
     labels = torch.randint(what.num_classes, (count,))
     part = TensorDataset(images, labels)
     return Parts(part, part, part)
@@ -120,6 +88,65 @@ def train_loader(part: Dataset, batch_size: int, workers: int, seed: int, worker
     )
 
 
+def step_loader(
+    part: Dataset,
+    batch_size: int,
+    workers: int,
+    seed: int,
+    worker: Worker,
+    num_steps: int,
+    eval_every: int,
+):
+    """As ``train_loader`` in a run of ``num_steps`` steps, validated after every ``eval_every``.
+
+    ``loader.sampler.set_epoch`` chooses which of these stretches comes next.
+    """
+    sampler = StepSampler(len(part), batch_size, seed, worker, num_steps, eval_every)
+    own_size = batch_size // worker.world_size
+    pin_memory = worker.device.type == "cuda"
+    return DataLoader(part, own_size, sampler=sampler, num_workers=workers, pin_memory=pin_memory)
+
+
+class StepSampler(Sampler[int]):
+    """Indices of whole batches, cut from one shuffled pass over the data after another.
+
+    What a step sees depends on the seed and on the number of the step alone, not on
+    ``eval_every``.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        seed: int,
+        worker: Worker,
+        num_steps: int,
+        eval_every: int,
+    ):
+        self.count, self.batch_size, self.seed, self.worker = count, batch_size, seed, worker
+        self.num_steps, self.eval_every = num_steps, eval_every
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to stretch ``epoch`` of ``eval_every`` steps; the last one may be shorter."""
+        first = epoch * self.eval_every
+        self.steps = range(first, min(first + self.eval_every, self.num_steps))
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.batch_size // self.worker.world_size
+
+    def __iter__(self) -> Iterator[int]:
+        own_size, number, order = self.batch_size // self.worker.world_size, -1, []
+        for step in self.steps:
+            start = step * self.batch_size + self.worker.rank * own_size
+            for place in range(start, start + own_size):
+                if place // self.count != number:
+                    number = place // self.count
+                    generator = torch.Generator().manual_seed(self.seed + number)
+                    order = torch.randperm(self.count, generator=generator).tolist()
+                yield order[place % self.count]
+
+
 def evaluation_loader(part: Dataset, batch_size: int, workers: int, worker: Worker) -> DataLoader:
     """This process's share of a part, every item in exactly one process."""
     share = Subset(part, range(worker.rank, len(part), worker.world_size))
@@ -128,25 +155,37 @@ def evaluation_loader(part: Dataset, batch_size: int, workers: int, worker: Work
     return DataLoader(share, own_size, num_workers=workers, pin_memory=pin_memory)
 
 
-def _digits() -> Parts:
+class _ImagesInMemory(Dataset):
+    """Images as one tensor (N, C, H, W) of values from 0 to 1."""
+
+    def __init__(self, images: Tensor, labels: Tensor, transform: Callable):
+        self.images, self.labels, self.transform = images, labels, transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.transform(self.images[index]), self.labels[index]
+
+
+def _digits(augmented: Callable, plain: Callable) -> Parts:
     """scikit-learn's 1797 handwritten digits, 8x8, enlarged to 32x32; a fifth is the test part."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     images = torch.tensor(bunch.images, dtype=torch.float32)[:, None] / 16
-    images = F.interpolate(images, size=32, mode="bilinear")
-    what = DATASETS["digits"]
-    everything = TensorDataset((images - what.mean[0]) / what.std[0], torch.tensor(bunch.target))
-    rest, test = _split(len(everything), len(everything) // 5)
+    images, labels = F.interpolate(images, size=32, mode="bilinear"), torch.tensor(bunch.target)
+    learned, scored = (_ImagesInMemory(images, labels, t) for t in (augmented, plain))
+    rest, test = _split(len(labels), len(labels) // 5)
     train, validation = _split(len(rest), _validation_size(len(rest)))
     return Parts(
-        Subset(everything, [rest[i] for i in train]),
-        Subset(everything, [rest[i] for i in validation]),
-        Subset(everything, test),
+        Subset(learned, [rest[i] for i in train]),
+        Subset(scored, [rest[i] for i in validation]),
+        Subset(scored, test),
     )
 
 
-def _from_torchvision(name: str, path: Path) -> Parts:
+def _from_torchvision(name: str, path: Path, augmented: Callable, plain: Callable) -> Parts:
     from torchvision import datasets
 
     dataset, files = {
@@ -171,17 +210,15 @@ def _from_torchvision(name: str, path: Path) -> Parts:
                 "or name another folder with --data-path"
             ) from error
 
-    augmented, plain = _transforms(name)
     return _with_validation(
         open_part(True, augmented), open_part(True, plain), open_part(False, plain)
     )
 
 
-def _folders(name: str, root: Path) -> Parts:
+def _folders(name: str, root: Path, augmented: Callable, plain: Callable) -> Parts:
     """train/ and val/ with one folder per class, or Tiny-ImageNet's flat val/; val is the test."""
     from torchvision.datasets import ImageFolder
 
-    augmented, plain = _transforms(name)
     try:
         train = ImageFolder(root / "train", augmented)
         if len(train.classes) > DATASETS[name].num_classes:
@@ -237,24 +274,6 @@ def _root(path: Path, names: tuple[str, str]) -> Path:
         f"no train/ and val/ in {path} or {path / names[0]}; unpack the data set there "
         "or name its folder with --data-path"
     )
-
-
-def _transforms(name: str) -> tuple[Callable, Callable]:
-    """Transforms for training and for scoring."""
-    from torchvision.transforms import v2
-
-    what = DATASETS[name]
-    to_tensor = [
-        v2.ToImage(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(what.mean, what.std),
-    ]
-    if name == "imagenet":
-        train = [v2.RandomResizedCrop(what.size, antialias=True), v2.RandomHorizontalFlip()]
-        score = [v2.Resize(256, antialias=True), v2.CenterCrop(what.size)]
-        return v2.Compose([*train, *to_tensor]), v2.Compose([*score, *to_tensor])
-    train = [v2.RandomCrop(what.size, padding=4), v2.RandomHorizontalFlip()] if what.flip else []
-    return v2.Compose([*train, *to_tensor]), v2.Compose(to_tensor)
 
 
 def _with_validation(augmented: Dataset, plain: Dataset, test: Dataset) -> Parts:

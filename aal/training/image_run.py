@@ -2,8 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,47 +17,33 @@ from aal.training.command_line import (
     Parser,
     UserError,
     non_negative_int,
-    positive_float,
     positive_int,
 )
+from aal.training.descriptions import DATASETS, Description, dataset_name
 from aal.training.devices import Worker
 from aal.training.files import read_checkpoint
-from aal.training.loop import AMP_DTYPES, Trainer, evaluate
+from aal.training.loop import Trainer, evaluate
+from aal.training.recipe import Recipe
 from aal.training.run_folder import RunFolder, check_agrees
-from aal.training.schedule import SCHEDULERS, learning_rate
 
-# What tells runs of one network apart, beside a recipe's lr, epochs and batch_size. Each is part of
-# a run's name where it differs from its usual value.
-_USUAL = {"optimizer": "sgd", "scheduler": "cos", "amp": "off", "seed": 0}
-_WEIGHT_DECAY = {"sgd": 1e-4, "adam": 0.0}
+_MAX_NAME = 180  # letters; files in the folder add to it, and 255 are possible
 
 
-def add_arguments(parser: Parser, *, lr: float, epochs: int, batch_size: int) -> None:
-    """Add the flags that all image scripts share, with the recipe's values as defaults."""
+def add_arguments(parser: Parser, test_batch_size: int) -> None:
+    """Add the flags that all image scripts share, apart from those of recipes."""
     add, absent = parser.add_argument, argparse.SUPPRESS
     paths = ("--data-path", "--imagenet-data-path", "--tiny-imagenet-data-path")
-    add("--dataset", choices=data.DATASETS, default="cifar10", help="images to learn")
+    kind = {"type": dataset_name, "choices": DATASETS}
+    add("--dataset", **kind, default="cifar10", help="images to learn; also c10 and c100")
     add(*paths, type=Path, default=Path("data"), help="folder that holds the data set")
-    add("--optimizer", choices=_WEIGHT_DECAY, default=_USUAL["optimizer"], help="update rule")
-    add(
-        "--scheduler",
-        choices=SCHEDULERS,
-        default=_USUAL["scheduler"],
-        help="course of the step size",
-    )
-    help = f"largest step size; if not given, {lr} for {batch_size} images per step, in proportion"
-    add("--lr", type=positive_float, default=absent, help=help)
-    add("--epochs", type=positive_int, default=epochs, help="passes over the training images")
-    help = f"images per step, all devices together; if not given, {batch_size}, for digits 32"
-    add("--batch-size", type=positive_int, default=absent, help=help)
-    add("--test-batch-size", type=positive_int, default=512, help="images per batch when scoring")
-    add("--amp", choices=AMP_DTYPES, default=_USUAL["amp"], help="mixed precision")
+    flags = ("--test-batch-size", "--eval-batch-size")
+    add(*flags, type=positive_int, default=test_batch_size, help="images per batch when scoring")
     help = "GPU indices, one process each, or cpu; if not given, GPU 0 or else cpu"
     add("--device", nargs="+", metavar="DEVICE", default=absent, help=help)
     help = "data-loading processes per device; if not given, 4, for digits 0"
-    add("--workers", type=non_negative_int, default=absent, help=help)
-    add("--seed", type=non_negative_int, default=_USUAL["seed"], help="random seed")
-    add("--output", type=Path, default=Path("results"), help="parent of the run's own folder")
+    add("--workers", "--num-workers", type=non_negative_int, default=absent, help=help)
+    help = "parent of the run's own folder"
+    add("--output", "--output-dir", type=Path, default=Path("results"), help=help)
     help = "checkpoint to score on the test images; trains nothing"
     add("--model-path", type=Path, default=absent, help=help)
     parser.add_switch("--get-li", help="record Learning Indicators")
@@ -73,7 +58,7 @@ class ImageRun:
 
     Args:
         args: parsed flags, those of ``add_arguments`` among them.
-        recipe: usual lr, epochs and batch_size, which the name of a run need not mention.
+        recipe: usual settings, which the name of a run need not mention.
         options: the script's own settings, to be recorded.
         function: what fixes the function that the network computes, by flag. A checkpoint can be
             scored only by a network that agrees in it.
@@ -86,41 +71,44 @@ class ImageRun:
     """
 
     args: argparse.Namespace
-    recipe: Mapping[str, Any]
+    recipe: Recipe
     options: Mapping[str, Any]
     function: Mapping[str, Any]
     title: str
-    build: Callable[[data.Description], nn.Module]
+    build: Callable[[Description], nn.Module]
     load_weights: Callable[[nn.Module, Mapping[str, Tensor]], None]
     recorder: IndicatorRecorder | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        args, images = self.args, data.DATASETS[self.args.dataset]
-        self.usual = {**_USUAL, **self.recipe}
-        if images.batch_size:
-            self.usual["batch_size"] = images.batch_size
-        args.batch_size = vars(args).get("batch_size", self.usual["batch_size"])
-        # The recipe's step size belongs to its batch size (Goyal et al., 2017: linear scaling).
-        self.usual["lr"] *= args.batch_size / self.recipe["batch_size"]
-        args.lr = vars(args).get("lr", self.usual["lr"])
+        args, images = self.args, DATASETS[self.args.dataset]
+        usual_size = images.batch_size or self.recipe.batch_size
+        batch_size = vars(args).get("batch_size", usual_size)
+        scaled = self.recipe.for_batch_size(batch_size)
+        self.usual, self.settings = replace(scaled, batch_size=usual_size), scaled.followed(args)
         self.workers = 0 if args.dry_run else vars(args).get("workers", images.workers)
         self.devices = devices.parse_devices(vars(args).get("device"))
         count = devices.num_processes(self.devices)
-        if args.batch_size % count:
-            raise UserError(f"--batch-size {args.batch_size} does not divide by {count} processes")
-        settings = {name: getattr(args, name) for name in self.usual}
+        if batch_size % count:
+            raise UserError(f"--batch-size {batch_size} does not divide by {count} processes")
+        parts = self.settings.gradient_accumulation_steps
+        if parts > batch_size // count:
+            raise UserError(
+                f"--gradient-accumulation-steps {parts} is more than the {batch_size // count} "
+                "images per step and device"
+            )
+        settings = asdict(self.settings)
         self.config = {"dataset": args.dataset, **self.options, **settings, "get_li": args.get_li}
         self.function = {"dataset": args.dataset, **self.function}
         args.resume = args.resume or args.checkpoint
         _refuse_together(args, "model_path", "dry_run", "resume")
         _refuse_together(args, "dry_run", "resume")
-        devices.seed_everything(args.seed)
-        self.model = self.build(images)
+        devices.seed_everything(self.settings.seed)
+        try:
+            self.model = self.build(replace(images, size=self.settings.img_size or images.size))
+        except ValueError as error:
+            raise UserError(str(error)) from error
         if args.get_li:
-            try:
-                self.recorder = IndicatorRecorder(self.model)
-            except ValueError as error:
-                raise UserError(f"--get-li: {error}") from error
+            self.recorder = IndicatorRecorder(self.model)
         self.folder = None
         if "model_path" in args:
             self._load_weights(args.model_path)
@@ -129,22 +117,30 @@ class ImageRun:
             if devices.is_first():
                 self.folder.check(args.resume)
         if args.dry_run:
-            self.parts = data.synthetic(args.dataset, args.batch_size)
+            self.parts = data.synthetic(args.dataset, batch_size, img_size=self.settings.img_size)
         else:
-            self.parts = data.load(args.dataset, args.data_path)
+            self.parts = data.load(
+                args.dataset,
+                args.data_path,
+                img_size=self.settings.img_size,
+                autoaugment=self.settings.autoaugment,
+            )
 
     def name(self) -> str:
-        """Readable, and different for runs of different settings."""
+        """Readable, and different for runs of different settings, unless the user chose it."""
+        if "name" in self.args:
+            return self.args.name
         words = [self.args.dataset, self.title]
-        for name, usual in self.usual.items():
-            if self.config[name] != usual:
-                words.append(f"{name.replace('_', '-')}-{self.config[name]}")
-        return "_".join(words)
+        words += changes(asdict(self.settings), asdict(self.usual))
+        name = "_".join(words)
+        if len(name) > _MAX_NAME:
+            raise UserError(f"{name} is too long for a folder; choose another with --name")
+        return name
 
     def execute(self, worker: Worker) -> None:
         """Score a checkpoint, try two steps, or train and then score the best epoch."""
         self.model.to(worker.device)
-        devices.seed_everything(self.args.seed + worker.rank)  # augmentation differs by process
+        devices.seed_everything(self.settings.seed + worker.rank)  # augmentation differs by process
         if "model_path" in self.args:
             self._print_test(self._score(self.parts.test, worker, "test"), worker)
         elif self.args.dry_run:
@@ -153,27 +149,31 @@ class ImageRun:
             self._train(worker)
 
     def _trainer(self, worker: Worker) -> tuple[Trainer, Any]:
-        args = self.args
-        loader = data.train_loader(
-            self.parts.train, args.batch_size, self.workers, args.seed, worker
-        )
-        rate = partial(
-            learning_rate,
-            args.scheduler,
-            steps_per_epoch=len(loader),
-            epochs=args.epochs,
-            peak=args.lr,
-        )
-        parameters, decay = self.model.parameters(), _WEIGHT_DECAY[args.optimizer]
-        if args.optimizer == "sgd":
-            optimizer = torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=decay)
+        settings, model, part = self.settings, self.model, self.parts.train
+        shared = (part, settings.batch_size, self.workers, settings.seed, worker)
+        if settings.num_steps is None or self.args.dry_run:
+            loader = data.train_loader(*shared)
+            steps_per_epoch = len(loader)
         else:
-            optimizer = torch.optim.Adam(parameters, args.lr, weight_decay=decay)
-        model = self.model
+            loader = data.step_loader(*shared, settings.num_steps, settings.eval_every)
+            steps_per_epoch = max(1, len(part) // settings.batch_size)
+        optimizer = settings.optimizer_of(model.parameters())
         if worker.world_size > 1:
             index = [worker.device] if worker.device.type == "cuda" else None
             model = DistributedDataParallel(model, device_ids=index)
-        return Trainer(model, optimizer, rate, worker, args.amp, self.recorder), loader
+        trainer = Trainer(
+            model,
+            optimizer,
+            settings.learning_rate(steps_per_epoch),
+            worker,
+            settings.amp,
+            self.recorder,
+            settings.mixing(DATASETS[self.args.dataset].num_classes),
+            settings.label_smoothing,
+            settings.max_grad_norm,
+            settings.gradient_accumulation_steps,
+        )
+        return trainer, loader
 
     def _try_out(self, worker: Worker) -> None:
         trainer, loader = self._trainer(worker)
@@ -200,7 +200,7 @@ class ImageRun:
         elif worker.is_main:
             self.folder.start(self.config)
         trainer.measure_saved_mib(loader)
-        for epoch in range(first_epoch, self.args.epochs):
+        for epoch in range(first_epoch, self.settings.rounds):
             row, indicator = self._epoch(trainer, loader, epoch, worker)
             is_best = row["val_accuracy"] > best
             best = max(best, row["val_accuracy"])
@@ -212,7 +212,7 @@ class ImageRun:
                     "best_accuracy": best,
                 }
                 self.folder.finish_epoch(row, indicator, state, is_best)
-                print(_line(row, self.args.epochs), flush=True)
+                print(_line(row, self.settings.round_name(epoch + 1)), flush=True)
         worker.barrier()
         self._load_weights(self.folder.best)
         test = self._score(self.parts.test, worker, "test")
@@ -222,11 +222,14 @@ class ImageRun:
             print(f"run folder: {self.folder.path}")
 
     def _epoch(self, trainer: Trainer, loader: Any, epoch: int, worker: Worker):
-        """Train and validate once; returns the row of metrics and the indicators, if any."""
+        """Train to the next validation; returns the row of metrics and the indicators, if any.
+
+        In a run of ``num_steps`` what lies between two validations counts as an epoch.
+        """
         if worker.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(worker.device)
         loader.sampler.set_epoch(epoch)
-        title = f"epoch {epoch + 1}/{self.args.epochs}"
+        title = self.settings.round_name(epoch + 1)
         train = trainer.train_epoch(loader, title)
         peak = None
         if worker.device.type == "cuda":
@@ -254,7 +257,7 @@ class ImageRun:
 
     def _score(self, part: Any, worker: Worker, title: str) -> dict[str, float]:
         loader = data.evaluation_loader(part, self.args.test_batch_size, self.workers, worker)
-        return evaluate(self.model, loader, worker, self.args.amp, title)
+        return evaluate(self.model, loader, worker, self.settings.amp, title)
 
     def _load_weights(self, path: Path) -> None:
         """Load one of our checkpoints, or a bare state dict such as torchvision's."""
@@ -290,9 +293,19 @@ def _refuse_together(args: argparse.Namespace, first: str, *others: str) -> None
                 raise UserError(f"{flags[0]} and {flags[1]} exclude each other")
 
 
-def _line(row: Mapping[str, Any], epochs: int) -> str:
+def changes(settings: Mapping[str, Any], usual: Mapping[str, Any]) -> list[str]:
+    """Words for the settings that are not as usual, for a run's name."""
+    words = []
+    for name, value in settings.items():
+        if value not in (None, usual[name]):
+            flag = name.replace("_", "-")
+            words.append(flag if value is True else f"{flag}-{value}")
+    return words
+
+
+def _line(row: Mapping[str, Any], title: str) -> str:
     return (
-        f"epoch {row['epoch']}/{epochs}  "
+        f"{title}  "
         f"train loss {row['train_loss']:.4f}, {row['train_accuracy']:.2f} %  "
         f"validation loss {row['val_loss']:.4f}, {row['val_accuracy']:.2f} %  "
         f"saved {row['saved_mib']:.1f} MiB  {row['samples_per_s']:.1f} samples/s  "

@@ -1,4 +1,4 @@
-"""Training and evaluation of an image classifier, one epoch at a time."""
+"""Training and evaluation of an image classifier, one pass over a loader at a time."""
 
 import math
 import sys
@@ -34,6 +34,11 @@ class Trainer:
         worker: device and processes.
         amp: "off", "bf16" or "fp16".
         recorder: Learning Indicators are sampled with it where it is given.
+        mix: changes a batch of images and labels before it is learned.
+        label_smoothing: share of each label spread over all classes.
+        max_grad_norm: largest norm of all gradients together; 0 for any.
+        accumulation: parts of a batch that go through the network one after the other. Loss and
+            gradient stay those of the batch.
     """
 
     model: nn.Module
@@ -42,6 +47,10 @@ class Trainer:
     worker: Worker
     amp: str = "off"
     recorder: IndicatorRecorder | None = None
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    label_smoothing: float = 0.0
+    max_grad_norm: float = 0.0
+    accumulation: int = 1
     step: int = 0
     saved_mib: float | None = None
 
@@ -55,8 +64,9 @@ class Trainer:
         """
         model, device = self._bare_model().train(), self.worker.device
         with preserved(model), _autocast(device, self.amp):
-            images, labels = (tensor.to(device) for tensor in next(iter(loader)))
-            held = saved_bytes(lambda: nn.functional.cross_entropy(model(images), labels))
+            batch = (tensor.to(device) for tensor in next(iter(loader)))
+            images, labels = (part.chunk(self.accumulation)[0] for part in batch)
+            held = saved_bytes(lambda: self._loss(model(images), labels))
         self.saved_mib = held / MIB
         return self.saved_mib
 
@@ -73,17 +83,17 @@ class Trainer:
         for number, (images, labels) in enumerate(_batches(loader, title, totals, self.saved_mib)):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate(self.step)
-            recording = self.recorder.sampling() if number in sampled else nullcontext()
-            with recording, _autocast(self.worker.device, self.amp):
-                logits = self.model(images)
-                loss = nn.functional.cross_entropy(logits, labels)
+            if self.mix is not None:
+                images, labels = self.mix(images, labels)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = self._backward(images, labels, number in sampled, totals)
             if number % _CHECK_EVERY == 0:
                 self._check(loss, title)
-            self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(loss).backward()
+            if self.max_grad_norm:
+                self.scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            totals.add(loss, logits, labels)
             self.step += 1
         self._check(totals.loss, title)
         seconds = time.perf_counter() - start
@@ -114,6 +124,28 @@ class Trainer:
         torch.set_rng_state(state["rng"]["cpu"])
         if self.worker.device.type == "cuda" and "cuda" in state["rng"]:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.worker.device)
+
+    def _backward(self, images: Tensor, labels: Tensor, sampled: bool, totals: "_Totals") -> Tensor:
+        """Add the gradient of a batch's mean loss, part by part; returns that loss."""
+        parts = list(
+            zip(images.chunk(self.accumulation), labels.chunk(self.accumulation), strict=True)
+        )
+        whole = torch.zeros((), device=images.device)
+        for number, (x, y) in enumerate(parts, 1):
+            alone = self.worker.world_size == 1 or number == len(parts)
+            with nullcontext() if alone else self.model.no_sync():
+                recording = self.recorder.sampling() if sampled else nullcontext()
+                with recording, _autocast(self.worker.device, self.amp):
+                    logits = self.model(x)
+                    loss = self._loss(logits, y)
+                share = len(x) / len(images)
+                self.scaler.scale(loss * share).backward()
+            totals.add(loss, logits, y)
+            whole = whole + loss.detach() * share
+        return whole
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
     def _bare_model(self) -> nn.Module:
         """The model without the wrapper for several processes."""
@@ -164,8 +196,10 @@ class _Totals:
         )
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """``labels`` are classes, or shares of classes of which the largest counts."""
+        classes = labels if labels.dim() == 1 else labels.argmax(1)
         self.loss = self.loss + loss.detach() * len(labels)
-        self.correct = self.correct + (logits.detach().argmax(1) == labels).sum()
+        self.correct = self.correct + (logits.detach().argmax(1) == classes).sum()
         self.samples = self.samples + len(labels)
 
     def means(self) -> dict[str, float]:

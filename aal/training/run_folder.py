@@ -103,7 +103,7 @@ class RunFolder:
         write_array(self.path / f"{self.experiment}.npy", np.array(table))
         if indicator is not None:
             self.indicators.append(indicator)
-            write_array(self._indicator_file, np.stack(self.indicators))
+            write_array(self._indicator_file, _stacked(self.indicators))
         if best:
             kept = ("model", "config", "function", "epoch", "val_accuracy")
             write_checkpoint(self.best, {name: state[name] for name in kept})
@@ -116,6 +116,16 @@ class RunFolder:
     @property
     def _indicator_file(self) -> Path:
         return self.path / f"{self.experiment}_li.npy"
+
+
+def _stacked(indicators: list[np.ndarray]) -> np.ndarray:
+    """(epochs, layers, samples); a last stretch of few steps has NaN behind its samples."""
+    widest = max(values.shape[1] for values in indicators)
+    padded = [
+        np.pad(values, ((0, 0), (0, widest - values.shape[1])), constant_values=np.nan)
+        for values in indicators
+    ]
+    return np.stack(padded)
 
 
 def check_agrees(path: Path, made_with: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -1,24 +1,34 @@
 """Learning-rate schedules as pure functions of the step."""
 
 import math
+from collections.abc import Sequence
 
-SCHEDULERS = ("step", "cos")
-_WARMUP_SHARE = 0.1
-_STEP_EPOCHS = 30
+SCHEDULERS = ("cosine", "linear", "step")
 
 
 def learning_rate(
-    scheduler: str, step: int, steps_per_epoch: int, epochs: int, peak: float
+    scheduler: str,
+    step: int,
+    *,
+    steps: int,
+    peak: float,
+    end: float = 0.0,
+    warmup: int = 0,
+    gamma: float = 0.1,
+    drops: Sequence[int] = (),
 ) -> float:
-    """The learning rate of optimiser step ``step``, counted from 0.
+    """The learning rate of optimiser step ``step`` of ``steps``, counted from 0.
 
-    "step" divides it by 10 every 30 epochs. "cos" rises linearly over the first tenth of the run
-    (the very first step already moves the weights), then falls to 0 on half a cosine.
+    It rises linearly over the first ``warmup`` steps, of which the very first already moves the
+    weights and the last has the peak. Then "cosine" (or "cos") falls on half a cosine, and "linear"
+    on a line, to ``end`` when all steps are done; "step" multiplies it by ``gamma`` at each of
+    ``drops``.
     """
-    if scheduler == "step":
-        return peak * 0.1 ** (step // steps_per_epoch // _STEP_EPOCHS)
-    total = steps_per_epoch * epochs
-    warmup = int(total * _WARMUP_SHARE)
+    warmup = min(warmup, steps)
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+    if scheduler == "step":
+        return peak * gamma ** sum(step >= drop for drop in drops)
+    done = (step - warmup) / (steps - warmup)
+    height = 1 - done if scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return end + (peak - end) * height

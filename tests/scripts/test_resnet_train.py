@@ -63,6 +63,15 @@ def test_indicators_come_from_the_auxiliary_layers_of_every_epoch(train: Callabl
     assert ((indicators > 0) & (indicators < 1)).all()
 
 
+def test_indicators_of_bp_are_1(train: Callable, tmp_path: Path):
+    status, _, err = train("--get-li", "--epochs", 2)
+    assert (status, err) == (0, "")
+    folder = run_folder(tmp_path)
+    indicators = np.load(folder / f"{folder.name}_li.npy")
+    assert indicators.shape == (2, 21, 2)  # 20 convolutions and the classifier, 2 sampled steps
+    assert (indicators == 1).all()
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("gcp", [(), ("--gcp",)], ids=["plain", "gcp"])
 def test_every_rule_trains_with_and_without_gcp(train: Callable, rule: str, gcp: tuple[str, ...]):
@@ -233,7 +242,6 @@ BAD_COMMANDS = {
     "switch in words": (("--gcp", "maybe"), "maybe"),
     "gcp without lean": (("--gcp", "--lean", "off"), "--lean"),
     "actnn": (("--actnn",), "--actnn"),
-    "indicator under bp": (("--get-li",), "--get-li"),
     "missing checkpoint": (("--model_path", "nowhere.pth"), "nowhere.pth"),
     "nothing to resume": (("--resume",), "nothing to resume"),
     "missing data": (("--data-path", "nowhere"), "nowhere"),
@@ -353,7 +361,8 @@ def test_the_flags_are_these(call: Callable):
     flags = set(re.findall(r"--[A-Za-z][A-Za-z-]*", out.split("options:")[1]))
     assert flags == set(
         """--help --model --learning-rule --ARA-stride --lean --gcp --actnn --dataset --data-path
-        --imagenet-data-path --tiny-imagenet-data-path --optimizer --scheduler --lr --epochs
-        --batch-size --test-batch-size --amp --device --workers --seed --output --model-path
-        --get-li --resume --checkpoint --dry-run""".split()
+        --imagenet-data-path --tiny-imagenet-data-path --optimizer --scheduler --decay-type --lr
+        --learning-rate --epochs --max-epochs --batch-size --train-batch-size --test-batch-size
+        --eval-batch-size --amp --device --workers --num-workers --seed --output --output-dir
+        --model-path --get-li --resume --checkpoint --dry-run""".split()
     )

@@ -1,0 +1,262 @@
+"""Recipes: how a network is usually trained, the flags that change it, and what they build."""
+
+import argparse
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from aal.training.augmentation import Mixing
+from aal.training.command_line import (
+    Parser,
+    UserError,
+    fraction,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    probability,
+)
+from aal.training.loop import AMP_DTYPES
+from aal.training.schedule import SCHEDULERS, learning_rate
+
+OPTIMIZERS = ("sgd", "adam")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The settings of a run that do not belong to its network; each has a flag's name.
+
+    Exactly one of ``epochs`` and ``num_steps`` is given, and at most one of the two warm-ups.
+
+    Args:
+        lr: largest step size. With ``scale_lr`` it belongs to ``batch_size`` images per step and
+            grows with them (Goyal et al., 2017).
+        eval_every: steps between validations in a run of ``num_steps``.
+        drop_epochs: "step" lowers the rate every so many epochs; None means at half and at three
+            quarters of the run.
+        img_size: pixels per side to bring images to; None keeps their size.
+        cutmix_beta, cutmix_prob: see ``Mixing``; of mixup as well.
+    """
+
+    optimizer: str = "sgd"
+    scheduler: str = "cosine"
+    amp: str = "off"
+    seed: int = 0
+    lr: float
+    epochs: int | None = None
+    num_steps: int | None = None
+    eval_every: int | None = None
+    batch_size: int
+    gradient_accumulation_steps: int = 1
+    min_lr: float = 0.0
+    gamma: float = 0.1
+    drop_epochs: int | None = None
+    warmup_epoch: float | None = None
+    warmup_steps: int | None = None
+    beta1: float = 0.9
+    beta2: float = 0.999
+    momentum: float = 0.9
+    off_nesterov: bool = True
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.0
+    label_smoothing: float = 0.0
+    img_size: int | None = None
+    autoaugment: bool = False
+    cutmix: bool = False
+    mixup: bool = False
+    cutmix_beta: float = 1.0
+    cutmix_prob: float = 0.0
+    scale_lr: bool = False
+
+    def for_batch_size(self, batch_size: int) -> "Recipe":
+        """The same recipe for another number of images per step."""
+        lr = self.lr * (batch_size / self.batch_size) if self.scale_lr else self.lr
+        return replace(self, batch_size=batch_size, lr=lr)
+
+    def followed(self, args: argparse.Namespace) -> "Recipe":
+        """This recipe with the flags that were given in place of its values.
+
+        Raises:
+            UserError: two flags contradict each other.
+        """
+        given = {
+            field.name: getattr(args, field.name) for field in fields(self) if field.name in args
+        }
+        for pair in (("epochs", "num_steps"), ("warmup_epoch", "warmup_steps")):
+            chosen = [name for name in pair if name in given]
+            if len(chosen) == 2:
+                raise UserError(" and ".join(map(_flag, pair)) + " exclude each other")
+            if chosen:
+                given = dict.fromkeys(pair) | given
+        changed = replace(self, **given)
+        if changed.num_steps is None:
+            if "eval_every" in given:
+                raise UserError("--eval-every counts steps; it goes with --num-steps")
+            changed = replace(changed, eval_every=None)
+        else:
+            changed = replace(
+                changed, eval_every=min(changed.eval_every or changed.num_steps, changed.num_steps)
+            )
+        if changed.min_lr > changed.lr:
+            raise UserError(f"--min-lr {changed.min_lr} is above --lr {changed.lr}")
+        return changed
+
+    @property
+    def rounds(self) -> int:
+        """How often the run is validated."""
+        if self.num_steps is None:
+            return self.epochs
+        return math.ceil(self.num_steps / self.eval_every)
+
+    def round_name(self, number: int) -> str:
+        """Where the run is after round ``number``, counted from 1."""
+        if self.num_steps is None:
+            return f"epoch {number}/{self.epochs}"
+        return f"step {min(number * self.eval_every, self.num_steps)}/{self.num_steps}"
+
+    def learning_rate(self, steps_per_epoch: int) -> Callable[[int], float]:
+        """Optimiser step -> learning rate."""
+        steps = self.num_steps or self.epochs * steps_per_epoch
+        if self.drop_epochs is None:
+            drops = [math.ceil(steps / 2), math.ceil(steps * 3 / 4)]
+        else:
+            period = self.drop_epochs * steps_per_epoch
+            drops = range(period, steps, period)
+        warmup = self.warmup_steps or int((self.warmup_epoch or 0) * steps_per_epoch)
+        return partial(
+            learning_rate,
+            self.scheduler,
+            steps=steps,
+            peak=self.lr,
+            end=self.min_lr,
+            warmup=warmup,
+            gamma=self.gamma,
+            drops=drops,
+        )
+
+    def optimizer_of(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        if self.optimizer == "adam":
+            return torch.optim.Adam(
+                parameters, self.lr, (self.beta1, self.beta2), weight_decay=self.weight_decay
+            )
+        return torch.optim.SGD(
+            parameters,
+            self.lr,
+            self.momentum,
+            weight_decay=self.weight_decay,
+            nesterov=self.momentum > 0 and not self.off_nesterov,
+        )
+
+    def mixing(self, num_classes: int) -> Mixing | None:
+        if not self.cutmix_prob or not (self.cutmix or self.mixup):
+            return None
+        return Mixing(num_classes, self.cutmix, self.mixup, self.cutmix_beta, self.cutmix_prob)
+
+
+# Spellings, what argparse is told, and what --help says; the default follows there.
+_FLAGS: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
+    "optimizer": ((), {"choices": OPTIMIZERS}, "update rule"),
+    "scheduler": (("--decay-type",), {}, "course of the step size"),
+    "lr": (("--learning-rate",), {"type": positive_float}, "largest step size"),
+    "min_lr": ((), {"type": non_negative_float}, "step size at the end, of cosine and linear"),
+    "gamma": (
+        (),
+        {"type": probability},
+        "what step multiplies the step size by, at half and three quarters of the run",
+    ),
+    "warmup_epoch": (
+        ("--warmup-epochs",),
+        {"type": non_negative_int},
+        "epochs in which the step size rises",
+    ),
+    "warmup_steps": ((), {"type": non_negative_int}, "the same in steps"),
+    "epochs": (("--max-epochs",), {"type": positive_int}, "passes over the training images"),
+    "num_steps": ((), {"type": positive_int}, "length of the run in steps instead of epochs"),
+    "eval_every": ((), {"type": positive_int}, "steps between validations with --num-steps"),
+    "batch_size": (
+        ("--train-batch-size",),
+        {"type": positive_int},
+        "images per step, all devices together",
+    ),
+    "gradient_accumulation_steps": (
+        (),
+        {"type": positive_int},
+        "parts of a batch that go through the network one after the other",
+    ),
+    "beta1": ((), {"type": fraction}, "decay of Adam's mean of gradients"),
+    "beta2": ((), {"type": fraction}, "decay of Adam's mean of squared gradients"),
+    "momentum": ((), {"type": fraction}, "share of its last step that sgd repeats"),
+    "weight_decay": ((), {"type": non_negative_float}, "share of the weights added to gradients"),
+    "max_grad_norm": (
+        ("--clip-grad",),
+        {"type": non_negative_float},
+        "largest norm of all gradients together, 0 for any",
+    ),
+    "label_smoothing": (
+        (),
+        {"type": fraction, "nargs": "?", "const": 0.1, "metavar": "SHARE"},
+        "share of each label spread over all classes, 0.1 if the flag has no value",
+    ),
+    "img_size": (
+        ("--image-size",),
+        {"type": positive_int},
+        "pixels per side to bring images to, in training by crops of 5 to 100 %%; else they keep "
+        "their size",
+    ),
+    "cutmix_beta": ((), {"type": positive_float}, "spread of the share that --cutmix-prob pastes"),
+    "cutmix_prob": ((), {"type": probability}, "share of the steps that paste image into image"),
+    "amp": ((), {"choices": tuple(AMP_DTYPES)}, "mixed precision"),
+    "seed": ((), {"type": non_negative_int}, "random seed"),
+}
+_SWITCHES = {
+    "off_nesterov": "sgd without looking ahead by its momentum",
+    "autoaugment": "change training images by AutoAugment's policy for the data set",
+    "cutmix": "paste image into image on 80 %% of the steps",
+    "mixup": "average image with image on 80 %% of the steps; with --cutmix, one at random",
+}
+
+
+def add_recipe_flags(
+    parser: Parser,
+    names: Sequence[str],
+    recipes: Mapping[str, Recipe],
+    schedulers: Sequence[str] = SCHEDULERS,
+) -> None:
+    """Add the flags of some fields of ``Recipe``. Absent flags leave no trace in the result.
+
+    Args:
+        names: fields.
+        recipes: whose values --help gives as defaults, by what they are for.
+        schedulers: choices of ``--scheduler``.
+    """
+    for name in names:
+        if name in _SWITCHES:
+            help = f"{_SWITCHES[name]}; if not given, {_defaults(name, recipes)}"
+            parser.add_switch(_flag(name), help=help, default=argparse.SUPPRESS)
+            continue
+        aliases, keywords, help = _FLAGS[name]
+        if name == "scheduler":
+            keywords = {"choices": schedulers}
+        help = f"{help}; if not given, {_defaults(name, recipes)}"
+        if name == "batch_size":
+            help += ", for digits 32"
+        elif name == "lr" and all(recipe.scale_lr for recipe in recipes.values()):
+            help += ", in proportion to the images per step"
+        parser.add_argument(_flag(name), *aliases, default=argparse.SUPPRESS, help=help, **keywords)
+
+
+def _defaults(name: str, recipes: Mapping[str, Recipe]) -> str:
+    values = {label: getattr(recipe, name) for label, recipe in recipes.items()}
+    values = {label: value for label, value in values.items() if value is not None}
+    if len(values) == len(recipes) and len(set(values.values())) == 1:
+        return str(next(iter(values.values())))
+    return ", ".join(f"{value} for {label}" for label, value in values.items())
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
