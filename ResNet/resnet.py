@@ -18,13 +18,16 @@ Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016; gr
 Jeon, ICLR 2023.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aal import Conv2dABA, Conv2dARA, Conv2dASA
 from aal.lean import relu_packed, replay
+from aal.rules.weights import load_weights
+
+__all__ = ["MODELS", "BasicBlock", "Bottleneck", "ResNet", "build", "load_weights"]
 
 RULES = ("bp", "ara", "aba", "asa")
 LEAN = ("off", "exact")
@@ -281,40 +284,6 @@ def build(name: str, **options) -> ResNet:
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")
     return ResNet(*MODELS[name], **options)
-
-
-def load_weights(model: ResNet, state_dict: Mapping[str, Tensor]) -> None:
-    """Load weights of any rule, or torchvision's, into a network of any rule.
-
-    The vectors that ABA adds to the published parameters are ignored by other rules, and keep
-    their initial values where the file has none.
-
-    Raises:
-        ValueError: a parameter is missing, unknown or of another shape.
-    """
-    wanted = model.state_dict()
-    given = {
-        name: value for name, value in state_dict.items() if not _is_aux(name) or name in wanted
-    }
-    missing = [name for name in wanted if name not in given and not _is_aux(name)]
-    unknown = [name for name in given if name not in wanted]
-    reshaped = [
-        name for name in given if name in wanted and given[name].shape != wanted[name].shape
-    ]
-    for problem, names in (
-        ("lacks", missing),
-        ("has unknown", unknown),
-        ("has another shape of", reshaped),
-    ):
-        if names:
-            raise ValueError(
-                f"the weights do not fit: the file {problem} {names[0]} ({len(names)} in all)"
-            )
-    model.load_state_dict(given, strict=False)
-
-
-def _is_aux(name: str) -> bool:
-    return name.endswith(".aux")
 
 
 def _asa(*args, **kwargs) -> Conv2dASA:

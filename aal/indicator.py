@@ -1,6 +1,7 @@
 """The Learning Indicator: how well an auxiliary activation stands in for the true one."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from math import nan
 
@@ -41,39 +42,41 @@ class IndicatorRecorder:
     and sampled call, whatever the batch.
 
     Args:
-        model: its layers with an ``auxiliary`` method (see ``aal.rules.layer``) are watched.
+        model: its layers with a rule (see ``aal.rules.layer``) are watched. Where no layer has
+            one, ``h`` stands in for itself in every linear layer and convolution: a sampled step
+            records an indicator of 1 for each.
 
     Raises:
-        ValueError: the model has no such layer.
+        ValueError: the model has no such layer either.
     """
 
     def __init__(self, model: nn.Module):
-        self.layers = {
-            name: module for name, module in model.named_modules() if hasattr(module, "auxiliary")
-        }
+        modules = dict(model.named_modules())
+        self.layers = {name: m for name, m in modules.items() if hasattr(m, "auxiliary")}
+        self._is_exact = not self.layers
+        if self._is_exact:
+            kinds = (nn.Linear, nn.Conv2d)
+            self.layers = {name: m for name, m in modules.items() if isinstance(m, kinds)}
         if not self.layers:
-            raise ValueError("no layer has an auxiliary activation, so there is nothing to record")
+            raise ValueError("no layer has a weight gradient, so there is nothing to record")
         self._raw: dict[str, list[Tensor]] = {name: [] for name in self.layers}
         self._scaled: dict[str, list[Tensor]] = {name: [] for name in self.layers}
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
-        """Record the forward passes inside the ``with`` block, apart from those without autograd.
-
-        (Recomputation in a backward pass is one of those.)
-        """
-        handles = [
-            layer.register_forward_pre_hook(
-                lambda layer, args, kwargs, name=name: self._record(name, layer, args, kwargs),
-                with_kwargs=True,
-            )
-            for name, layer in self.layers.items()
-        ]
+        """Record the forward passes inside the ``with`` block that autograd records."""
+        if self._is_exact:
+            for values in (*self._raw.values(), *self._scaled.values()):
+                values.append(torch.ones(1))
+            yield
+            return
+        for name, layer in self.layers.items():
+            layer.observer = functools.partial(self._record, name, layer)
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            for layer in self.layers.values():
+                layer.observer = None
 
     def take(self) -> Tensor:
         """Return what was recorded since the last call, and forget it.
@@ -101,14 +104,12 @@ class IndicatorRecorder:
             for name, raw, scaled in zip(self.layers, *values.cpu(), strict=True)
         }
 
-    def _record(self, name: str, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not torch.is_grad_enabled():
-            return
-        with torch.no_grad():
-            h, r, gain = layer.auxiliary(*args, **kwargs)
-            for values, stand_in in ((self._raw, r), (self._scaled, gain * r)):
-                indicator = learning_indicator(h, stand_in, start_dim=-layer.auxiliary_dims)
-                values[name].append(_thinned(indicator.float().flatten()).cpu())
+    @torch.no_grad()
+    def _record(self, name: str, layer: nn.Module, *inputs: Tensor) -> None:
+        h, r, gain = layer.auxiliary(*inputs)
+        for values, stand_in in ((self._raw, r), (self._scaled, gain * r)):
+            indicator = learning_indicator(h, stand_in, start_dim=-layer.auxiliary_dims)
+            values[name].append(_thinned(indicator.float().flatten()).cpu())
 
 
 def _thinned(values: Tensor) -> Tensor:

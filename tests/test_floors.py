@@ -17,6 +17,9 @@ FLOORS = {
     "aal/lean": ("aal.ops",),
     "aal/indicator.py": ("aal.ops", "aal.rules", "aal.lean"),
     "aal/memory.py": ("aal.ops", "aal.rules", "aal.lean"),
+    "aal/pretrained.py": (),
+    "aal/method.py": ("aal.ops", "aal.rules", "aal.lean"),
+    "aal/feed_forward.py": ("aal.ops", "aal.rules", "aal.lean", "aal.method"),
     "aal/__init__.py": ("aal.ops", "aal.rules", "aal.lean", "aal.indicator", "aal.memory"),
     "aal/training": ("aal",),
 }

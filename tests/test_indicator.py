@@ -124,6 +124,16 @@ def test_recorder_holds_a_bounded_number_of_values():
     assert recorder.take().shape == (2, 1, 512)
 
 
-def test_recorder_needs_an_auxiliary_layer():
-    with pytest.raises(ValueError, match="no layer has an auxiliary activation"):
-        IndicatorRecorder(nn.Linear(2, 2))
+def test_backpropagation_stands_in_for_itself():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Linear(5, 2))
+    recorder = IndicatorRecorder(model)
+    for _ in range(3):
+        with recorder.sampling():
+            model(torch.randn(2, 3, 4, 5))
+    assert list(recorder.layers) == ["0", "2"]
+    torch.testing.assert_close(recorder.take(), torch.ones(2, 2, 3))
+
+
+def test_recorder_needs_a_layer_with_a_weight_gradient():
+    with pytest.raises(ValueError, match="no layer has a weight gradient"):
+        IndicatorRecorder(nn.ReLU())

@@ -15,19 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from aal.lean.pool import max_pool, max_pool_backward, window_of
-from aal.ops.autocast import cast, cast_input, is_autocast_on
-from aal.ops.batch_norm import (
-    Parameters,
-    Statistics,
-    batch_norm,
-    batch_norm_backward,
-    batch_norm_replay,
-)
-from aal.ops.convolution import Geometry, convolve, convolve_backward, geometry
-from aal.ops.pool_index import Window
-
-Tensors = tuple[Tensor | None, ...]
+from aal.lean.operations import operation_of
+from aal.ops.autocast import is_autocast_on
+from aal.ops.operation import Operation, Tensors
 
 
 def replay(
@@ -49,7 +39,7 @@ def replay(
     Raises:
         TypeError: a layer of another type.
     """
-    pairs = [_operation(layer, x, first=i == 0) for i, layer in enumerate(layers)]
+    pairs = [operation_of(layer, x, first=i == 0) for i, layer in enumerate(layers)]
     operations, parameters = zip(*pairs, strict=True)
     recipe, sources = None, ()
     if recompute is not None:
@@ -60,7 +50,7 @@ def replay(
     y, *updates = ReplayFunction.apply(chain, x, *sources, *sum(parameters, ()))
     statistics = iter(updates)
     for layer, operation in zip(layers, operations, strict=True):
-        if isinstance(operation, _BatchNorm) and operation.training:
+        if type(layer) is nn.BatchNorm2d and operation.training:
             _update_running_statistics(layer, next(statistics), next(statistics))
     return y
 
@@ -112,7 +102,8 @@ class ReplayFunction(torch.autograd.Function):
         with _autocast(grad.device, ctx.autocast):
             inputs = [chain.recipe(first) if chain.recipe else first[0]]
             for i, operation in enumerate(operations[:-1]):
-                inputs.append(operation.replay(inputs[i], parameters[i], kept[i]))
+                y, kept[i] = operation.replay(inputs[i], parameters[i], kept[i])
+                inputs.append(y)
 
         _, needs_x, *needs_tensors = ctx.needs_input_grad
         needs = _split(needs_tensors[chain.num_sources :], chain.num_parameters)
@@ -142,117 +133,13 @@ class _Recipe(NamedTuple):
 class _Chain(NamedTuple):
     """Everything about a chain but its tensors."""
 
-    operations: tuple["_Operation", ...]
+    operations: tuple[Operation, ...]
     num_parameters: list[int]
     recipe: _Recipe | None
     num_sources: int
 
     def parameters(self, tensors: Tensors) -> list[Tensors]:
         return _split(tensors[self.num_sources :], self.num_parameters)
-
-
-class _Convolution(NamedTuple):
-    """Parameters: weight and bias."""
-
-    where: Geometry
-
-    def forward(self, x: Tensor, parameters: Tensors) -> tuple[Tensor, Tensors, Tensors]:
-        return self.replay(x, parameters, ()), (), ()
-
-    def replay(self, x: Tensor, parameters: Tensors, kept: Tensors) -> Tensor:
-        weight, bias = parameters
-        x = cast_input(x, weight)
-        return convolve(x, weight.to(x.dtype), cast(bias, x.dtype), self.where)
-
-    def backward(self, grad, x, parameters, kept, needs) -> tuple[Tensor | None, Tensors]:
-        weight = parameters[0].to(grad.dtype)  # autocast's dtype, as in forward
-        grad_x, *grads = convolve_backward(grad, x.to(grad.dtype), weight, self.where, needs)
-        return grad_x, tuple(grads)
-
-
-class _BatchNorm(NamedTuple):
-    """Parameters: weight, bias, running mean and running variance."""
-
-    training: bool
-    momentum: float
-    eps: float
-
-    def forward(self, x: Tensor, parameters: Tensors) -> tuple[Tensor, Tensors, Tensors]:
-        own = Parameters(*parameters)
-        y, statistics, updates = batch_norm(x, own, self.training, self.momentum, self.eps)
-        return y, tuple(statistics), updates
-
-    def replay(self, x: Tensor, parameters: Tensors, kept: Tensors) -> Tensor:
-        own, statistics = Parameters(*parameters), Statistics(*kept)
-        return batch_norm_replay(x, own, self.training, self.eps, statistics)
-
-    def backward(self, grad, x, parameters, kept, needs) -> tuple[Tensor | None, Tensors]:
-        own, statistics = Parameters(*parameters), Statistics(*kept)
-        grad_x, grad_weight, grad_bias = batch_norm_backward(
-            grad, x, own, self.training, self.eps, statistics, needs[:3]
-        )
-        return grad_x, (grad_weight, grad_bias, None, None)
-
-
-class _ReLU(NamedTuple):
-    """No parameters. In place within a chain: backward asks for the sign only, which stays."""
-
-    in_place: bool
-
-    def forward(self, x: Tensor, parameters: Tensors) -> tuple[Tensor, Tensors, Tensors]:
-        return self.replay(x, parameters, ()), (), ()
-
-    def replay(self, x: Tensor, parameters: Tensors, kept: Tensors) -> Tensor:
-        return x.relu_() if self.in_place else torch.relu(x)
-
-    def backward(self, grad, x, parameters, kept, needs) -> tuple[Tensor | None, Tensors]:
-        return torch.ops.aten.threshold_backward(grad, x, 0), ()
-
-
-class _MaxPool(NamedTuple):
-    """No parameters; keeps its packed indices."""
-
-    window: Window
-
-    def forward(self, x: Tensor, parameters: Tensors) -> tuple[Tensor, Tensors, Tensors]:
-        y, packed = max_pool(x, self.window)
-        return y, (packed,), ()
-
-    def replay(self, x: Tensor, parameters: Tensors, kept: Tensors) -> Tensor:
-        return torch.ops.aten.max_pool2d_with_indices(x, *self.window)[0]
-
-    def backward(self, grad, x, parameters, kept, needs) -> tuple[Tensor | None, Tensors]:
-        return max_pool_backward(grad, x, self.window, kept[0]), ()
-
-
-_Operation = _Convolution | _BatchNorm | _ReLU | _MaxPool
-
-
-def _operation(layer: nn.Module, x: Tensor, first: bool) -> tuple[_Operation, Tensors]:
-    """What a layer computes, and its tensors."""
-    if type(layer) is nn.Conv2d and layer.padding_mode == "zeros":
-        arguments = (layer.stride, layer.padding, layer.dilation, layer.groups)
-        return _Convolution(geometry(layer.weight, *arguments)), (layer.weight, layer.bias)
-    if type(layer) is nn.BatchNorm2d:
-        return _batch_norm_operation(layer, x)
-    if type(layer) is nn.ReLU:
-        return _ReLU(in_place=not first), ()
-    if type(layer) is nn.MaxPool2d:
-        return _MaxPool(window_of(layer)), ()
-    raise TypeError(f"cannot replay {layer}; a chain takes Conv2d, BatchNorm2d, ReLU, MaxPool2d")
-
-
-def _batch_norm_operation(layer: nn.BatchNorm2d, x: Tensor) -> tuple[_BatchNorm, Tensors]:
-    weight, bias, mean, var = layer.weight, layer.bias, layer.running_mean, layer.running_var
-    training = layer.training or mean is None
-    momentum = layer.momentum
-    if momentum is None:  # a cumulative average
-        momentum = 1 / (1 + float(layer.num_batches_tracked)) if mean is not None else 0.0
-    if weight is None:
-        weight, bias = x.new_ones(layer.num_features), x.new_zeros(layer.num_features)
-    if mean is None:
-        mean, var = torch.zeros_like(weight), torch.ones_like(weight)
-    return _BatchNorm(training, momentum, layer.eps), (weight, bias, mean, var)
 
 
 def _update_running_statistics(layer: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> None:

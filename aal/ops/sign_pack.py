@@ -4,22 +4,18 @@ Bit ``i % 8`` of byte ``i // 8`` is set where element ``i`` is positive; zero, n
 NaN are not. Elements are taken in *memory order*, so a channels-last tensor is packed and decoded
 without a copy. The last byte is padded with zero bits.
 
-The two ``*_reference`` functions are the definition. On CPU, eight booleans are gathered by one
-64-bit product and decoding is a table look-up; on CUDA both are Triton kernels
-(``sign_pack_triton``, a file of its own so that nothing here needs Triton).
+The two ``*_reference`` functions are the definition. On CPU, NumPy compares and packs (its loops
+are vectorised where PyTorch's are not) and decoding is a table look-up; on CUDA both are Triton
+kernels (``sign_pack_triton``, a file of its own so that nothing here needs Triton).
 """
 
 import functools
-import sys
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-# Eight bytes that each hold 0 or 1, read as one little-endian integer, times this constant carry
-# byte i to bit 56 + i. The partial products 2**(8i + 56 - 7j) all differ, so nothing carries over.
-_GATHER_BITS = 0x0102040810204080
 
 
 class Layout(NamedTuple):
@@ -34,6 +30,11 @@ def layout_of(x: Tensor) -> Layout:
     strides = x.stride()
     order = sorted(range(x.dim()), key=lambda dim: -strides[dim])
     return Layout(x.shape, tuple(order))
+
+
+def layout_in_rows(shape: tuple[int, ...]) -> Layout:
+    """The layout of a contiguous tensor."""
+    return Layout(torch.Size(shape), tuple(range(len(shape))))
 
 
 class SignCode(NamedTuple):
@@ -78,6 +79,16 @@ def unpack_sign(packed: Tensor, layout: Layout, dtype: torch.dtype, *, low: int 
     return signs.view([shape[dim] for dim in order]).permute(inverse)
 
 
+def signs(x: Tensor, *, low: int = -1) -> Tensor:
+    """1 where ``x > 0`` and ``low`` (-1 or 0) elsewhere, in the dtype of ``x``.
+
+    What ``unpack_sign`` decodes, without the bits. ``torch.where`` would be one pass instead of
+    three, but is not vectorised on CPU and takes several times as long.
+    """
+    sign = torch.sign(x)  # 0 for zeros and NaN
+    return sign.clamp_min_(0) if low == 0 else sign.sub_(0.5).sign_()
+
+
 def pack_sign_reference(x: Tensor) -> Tensor:
     """Definition of the code: (n,) -> (ceil(n / 8),) uint8."""
     bits = F.pad((x > 0).to(torch.uint8), (0, -x.numel() % 8)).view(-1, 8)
@@ -96,15 +107,20 @@ def _bit_positions(device: torch.device) -> Tensor:
 
 @torch.library.custom_op("aal::pack_sign", mutates_args=())
 def _pack(x: Tensor) -> Tensor:
-    if x.device.type != "cpu" or sys.byteorder != "little":
+    if x.device.type != "cpu":
         return pack_sign_reference(x)
-    padding = -x.numel() % 8
-    if padding:
-        bits = torch.zeros(x.numel() + padding, dtype=torch.bool, device=x.device)
-        torch.gt(x, 0, out=bits[: x.numel()])
-    else:
-        bits = x > 0
-    return bits.view(torch.int64).mul_(_GATHER_BITS).bitwise_right_shift_(56).to(torch.uint8)
+    return torch.from_numpy(np.packbits(_positive(x), bitorder="little"))
+
+
+def _positive(x: Tensor) -> np.ndarray:
+    """``x > 0`` of a CPU tensor (n,) as NumPy's booleans."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return np.greater(x.numpy(), 0)
+    # NumPy lacks bfloat16 and is slow in float16. Read as integers, positive numbers keep their
+    # order, from 1 to infinity; what lies above is NaN.
+    infinity = torch.tensor(torch.inf, dtype=x.dtype).view(torch.int16).item()
+    bits = x.view(torch.int16).numpy()
+    return (bits > 0) & (bits <= infinity)
 
 
 @_pack.register_kernel("cuda")

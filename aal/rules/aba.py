@@ -9,6 +9,7 @@ ICLR 2023.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,20 +26,25 @@ from aal.ops.convolution import (
     shape_only,
     tap_sums,
 )
-from aal.rules.layer import Conv2dRule, batched
+from aal.ops.linear import as_rows
+from aal.ops.operation import Operation, Tensors
+from aal.rules.layer import Conv2dRule, Observer, RuleLayer, batched
 
 
 class LinearABAFunction(torch.autograd.Function):
     """Linear layer that learns its weight from a learned vector instead of its input.
 
-    Forward     y = (x + a) @ W.T + b
+    Forward     y = (x + a) @ W.T + b, computed as x @ W.T + (W @ a + b): no pass over x
     Backward    grad_input  = grad_output @ W                       exact
                 grad_weight = lr_expansion * outer(sum of grad_output over rows, a)
                                                                     approximate: a for x + a
                 grad_bias   = sum of grad_output over rows          exact
                 grad_a      = sum of grad_input over rows           exact
 
-    Shapes      x (..., C)   a (C,)   W (D, C)   b (D,) or None   y (..., D)
+                A merged layer of P projections has a vector for each: rows p * D / P onwards of W
+                see x + a[p].
+
+    Shapes      x (..., C)   a (C,) or (P, C)   W (D, C)   b (D,) or None   y (..., D)
     Saves       a and W by reference: no activation. A stock layer keeps x.
     Edge cases  no double backward.
     Source      the ICLR 2023 paper, auxiliary bias activation.
@@ -46,24 +52,68 @@ class LinearABAFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, aux, weight, bias, lr_expansion: float):
-        ctx.lr_expansion, ctx.dtype = lr_expansion, x.dtype
+        ctx.lr_expansion, ctx.shape = lr_expansion, x.shape
         ctx.save_for_backward(aux, weight)
-        return F.linear(x + aux.to(x.dtype), weight.to(x.dtype), cast(bias, x.dtype))
+        return _linear(x, aux, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: Tensor):
         aux, weight = ctx.saved_tensors
-        needs_input, needs_aux, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        row_sum = grad_output.reshape(-1, weight.shape[0]).sum(0, dtype=weight.dtype)
-        grad_input = grad_aux = grad_weight = None
-        if needs_input:
-            grad_input = grad_output @ weight.to(ctx.dtype)
-        if needs_aux:
-            grad_aux = row_sum @ weight
-        if needs_weight:
-            grad_weight = torch.outer(row_sum * ctx.lr_expansion, aux)
-        return grad_input, grad_aux, grad_weight, row_sum if needs_bias else None, None
+        needs = ctx.needs_input_grad[:4]
+        grads = _linear_backward(grad_output, ctx.shape, aux, weight, ctx.lr_expansion, needs)
+        return *grads, None
+
+
+def _linear(x: Tensor, aux: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    vectors = aux.view(-1, 1, aux.shape[-1])  # (P, 1, C)
+    # A sum of products instead of a matrix product, which autocast would round.
+    shift = (weight.view(len(vectors), -1, weight.shape[1]) * vectors).sum(-1).flatten()
+    shift = shift if bias is None else shift + bias
+    return F.linear(x, weight.to(x.dtype), shift.to(x.dtype))
+
+
+def _linear_backward(
+    grad_output: Tensor,
+    shape: torch.Size,
+    aux: Tensor,
+    weight: Tensor,
+    lr_expansion: float,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of input, vectors, weight and bias; None where ``needs`` is False."""
+    rows = as_rows(grad_output)
+    row_sum = rows.sum(0, dtype=weight.dtype)
+    grad_input = grad_aux = grad_weight = None
+    if needs[0]:
+        grad_input = (rows @ weight.to(rows.dtype)).view(shape)
+    sums = row_sum.view(aux.numel() // aux.shape[-1], -1, 1)  # (P, D / P, 1)
+    if needs[1]:
+        products = sums * weight.view(len(sums), -1, weight.shape[1])
+        grad_aux = products.sum(1).view(aux.shape)
+    if needs[2]:
+        grad_weight = (lr_expansion * sums * aux.view(len(sums), 1, -1)).view(weight.shape)
+    return grad_input, grad_aux, grad_weight, row_sum if needs[3] else None
+
+
+class _BiasOperation(NamedTuple):
+    """``LinearABA`` in a replayed chain. Parameters: aux, weight and bias."""
+
+    lr_expansion: float
+    observer: Observer | None
+
+    def forward(self, x: Tensor, parameters: Tensors) -> tuple[Tensor, Tensors, Tensors]:
+        if self.observer is not None:
+            self.observer(x)
+        return *self.replay(x, parameters, ()), ()
+
+    def replay(self, x: Tensor, parameters: Tensors, kept: Tensors) -> tuple[Tensor, Tensors]:
+        return _linear(cast_input(x, parameters[1]), *parameters), kept
+
+    def backward(self, grad, x, parameters, kept, needs) -> tuple[Tensor | None, Tensors]:
+        aux, weight, _ = parameters
+        grads = _linear_backward(grad, x.shape, aux, weight, self.lr_expansion, needs)
+        return grads[0], grads[1:]
 
 
 class Conv2dABAFunction(torch.autograd.Function):
@@ -133,7 +183,7 @@ def linear_aba(
 
     Args:
         x: (..., C).
-        aux: (C,), learned by its exact gradient.
+        aux: (C,), or (P, C) for a merged layer of P projections; learned by its exact gradient.
         weight: (D, C).
         bias: (D,) or None.
         lr_expansion: factor on the weight gradient.
@@ -141,7 +191,10 @@ def linear_aba(
     Returns:
         (..., D); see ``LinearABAFunction`` for what is exact.
     """
-    _check_aux(aux, weight.shape[1])
+    if aux.dim() == 2 and len(weight) % max(len(aux), 1) == 0:
+        _check_aux(aux[0], weight.shape[1])
+    else:
+        _check_aux(aux, weight.shape[1])
     return LinearABAFunction.apply(cast_input(x, weight), aux, weight, bias, lr_expansion)
 
 
@@ -177,14 +230,12 @@ def conv2d_aba(
     return batched(apply, cast_input(x, weight))
 
 
-class _BiasLayer:
+class _BiasLayer(RuleLayer):
     """The vector and the gain of both ABA layers; stands before the layer of PyTorch."""
 
-    def __init__(self, *args, lr_expansion: float = 100.0, **kwargs):
-        super().__init__(*args, **kwargs)
+    def _add_aux(self, lr_expansion: float, fan_in: int, *projections: int) -> None:
         self.lr_expansion = lr_expansion
-        fan_in = self.in_features if isinstance(self, nn.Linear) else self.in_channels
-        self.aux = nn.Parameter(self.weight.new_empty(fan_in))
+        self.aux = nn.Parameter(self.weight.new_empty(*projections, fan_in))
         nn.init.uniform_(self.aux, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
     def extra_repr(self) -> str:
@@ -192,17 +243,26 @@ class _BiasLayer:
 
 
 class LinearABA(_BiasLayer, nn.Linear):
-    """``nn.Linear`` under ABA: its parameters plus ``aux`` (in_features,), uniform in ±1/√C.
+    """``nn.Linear`` under ABA: its parameters plus ``aux``, uniform in ±1/√C.
 
     Args:
         in_features, out_features, bias, device, dtype: as ``nn.Linear``.
         lr_expansion: factor on the weight gradient.
+        projections: how many layers are merged in this one. ``aux`` is (in_features,) for 1, and
+            (projections, in_features), a vector for each, for more.
     """
 
     auxiliary_dims = 1
 
+    def __init__(self, *args, lr_expansion: float = 100.0, projections: int = 1, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.out_features % projections:
+            raise ValueError(f"{self.out_features} outputs are not {projections} projections")
+        self._add_aux(lr_expansion, self.in_features, *([projections] if projections > 1 else []))
+
     def forward(self, x: Tensor) -> Tensor:
         """See ``linear_aba``."""
+        self.observe(x)
         return linear_aba(x, self.aux, self.weight, self.bias, lr_expansion=self.lr_expansion)
 
     def stock_forward(self, x: Tensor) -> Tensor:
@@ -210,8 +270,15 @@ class LinearABA(_BiasLayer, nn.Linear):
         return nn.Linear.forward(self, x)
 
     def auxiliary(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
-        """See ``aal.rules.layer``."""
-        return x + self.aux, self.aux.expand(x.shape), self.lr_expansion
+        """See ``aal.rules.layer``. A merged layer has an activation for each of its vectors."""
+        projections = self.aux.shape[:-1]
+        vectors = self.aux.view(*projections, *[1] * (x.dim() - 1), x.shape[-1])
+        return x + vectors, vectors.expand(*projections, *x.shape), self.lr_expansion
+
+    def replay_operation(self) -> tuple[Operation, Tensors]:
+        """See ``aal.ops.operation``."""
+        operation = _BiasOperation(self.lr_expansion, self.active_observer())
+        return operation, (self.aux, self.weight, self.bias)
 
 
 class Conv2dABA(_BiasLayer, Conv2dRule):
@@ -222,8 +289,13 @@ class Conv2dABA(_BiasLayer, Conv2dRule):
         lr_expansion: factor on the weight gradient.
     """
 
+    def __init__(self, *args, lr_expansion: float = 100.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._add_aux(lr_expansion, self.in_channels)
+
     def forward(self, x: Tensor) -> Tensor:
         """See ``conv2d_aba``."""
+        self.observe(x)
         options = {**self.arguments(), "lr_expansion": self.lr_expansion}
         return conv2d_aba(x, self.aux, self.weight, self.bias, **options)
 

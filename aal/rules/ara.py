@@ -101,6 +101,7 @@ class Conv2dARA(Conv2dRule):
 
     def forward(self, x: Tensor, aux: Tensor) -> Tensor:
         """See ``conv2d_ara``."""
+        self.observe(x, aux)
         return conv2d_ara(x, aux, self.weight, self.bias, **self.arguments())
 
     def stock_forward(self, x: Tensor, aux: Tensor) -> Tensor:

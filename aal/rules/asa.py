@@ -5,12 +5,16 @@ weight gradient uses ``epsilon * s`` alone, enlarged by ``lr_expansion``. The co
 forward and backward: 1 where ``x > 0``, and elsewhere -1, or 0 with ``relu=True``, which is meant
 for inputs that are never negative.
 
+A linear layer may enlarge the code by something better than one number for all: with
+``scale="mean"`` it keeps, per row, the size that brings ``scale * s`` nearest to ``h``.
+
 Source: Woo and Jeon, "Learning with Auxiliary Activation for Memory-Efficient Training",
 ICLR 2023.
 """
 
+from typing import NamedTuple
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -23,8 +27,21 @@ from aal.ops.convolution import (
     geometry,
     shape_only,
 )
-from aal.ops.sign_pack import Layout, SignCode, sign_code, unpack_sign
-from aal.rules.layer import Conv2dRule, batched
+from aal.ops.linear import as_rows
+from aal.ops.operation import Operation, Tensors
+from aal.ops.sign_linear import add_sign, linear_plus_sign, sign_scale, sign_weight_gradient
+from aal.ops.sign_pack import (
+    Layout,
+    SignCode,
+    layout_in_rows,
+    pack_sign,
+    sign_code,
+    signs,
+    unpack_sign,
+)
+from aal.rules.layer import Conv2dRule, Observer, RuleLayer, batched
+
+SCALES = ("fixed", "mean")
 
 
 class LinearASAFunction(torch.autograd.Function):
@@ -37,33 +54,92 @@ class LinearASAFunction(torch.autograd.Function):
 
     Shapes      x (..., C)   W (D, C)   b (D,) or None   y (..., D)   packed (ceil(x.numel() / 8),)
     Saves       s at 1 bit per element of x, and W by reference. A stock layer keeps x at 16 or 32
-                bits per element.
-    Edge cases  gain = lr_expansion * epsilon. s of 0 and NaN is the low code. No double backward.
-    Source      the ICLR 2023 paper, auxiliary sign activation.
+                bits per element. With scale="mean" one number per row too.
+    Edge cases  gain = lr_expansion * epsilon, or with scale="mean" the row's (h . s) / (s . s),
+                under which the Learning Indicator of the code is as large as it can be. s of 0
+                and NaN is the low code. No double backward.
+    Source      the ICLR 2023 paper, auxiliary sign activation; the mean scale is ours.
     """
 
     @staticmethod
-    def forward(ctx, x, packed, layout, weight, bias, low: int, epsilon: float, gain: float):
-        ctx.layout, ctx.low, ctx.gain, ctx.dtype = layout, low, gain, x.dtype
-        ctx.save_for_backward(packed, weight)
-        return F.linear(_add_sign(x, low, epsilon), weight.to(x.dtype), cast(bias, x.dtype))
+    def forward(ctx, x, packed, weight, bias, sign: "_Sign"):
+        ctx.sign, ctx.shape = sign, x.shape
+        rows, scale = as_rows(x), None
+        if packed is not None and sign.mean:
+            scale = sign_scale(rows, sign.low, sign.epsilon)
+        ctx.save_for_backward(packed, scale, weight)
+        return sign.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: Tensor):
-        packed, weight = ctx.saved_tensors
-        needs_input, _, _, needs_weight, needs_bias = ctx.needs_input_grad[:5]
-        rows = grad_output.reshape(-1, weight.shape[0])
+        packed, scale, weight = ctx.saved_tensors
+        needs_input, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        needs = (needs_input, needs_weight, needs_bias)
+        grads = ctx.sign.linear_backward(grad_output, ctx.shape, packed, scale, weight, needs)
+        return grads[0], None, *grads[1:], None
+
+
+class _Sign(NamedTuple):
+    """How a linear layer uses the signs of its input."""
+
+    low: int
+    epsilon: float
+    gain: float
+    mean: bool  # a scale per row instead of the gain
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        own = (weight.to(x.dtype), cast(bias, x.dtype))
+        y = linear_plus_sign(as_rows(x), *own, self.low, self.epsilon)
+        return y.view(*x.shape[:-1], len(weight))
+
+    def linear_backward(
+        self,
+        grad_output: Tensor,
+        shape: torch.Size,
+        source: Tensor | None,
+        scale: Tensor | None,
+        weight: Tensor,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of input, weight and bias; ``source`` is as in ``sign_weight_gradient``."""
+        rows = as_rows(grad_output)
         grad_input = grad_weight = grad_bias = None
-        if needs_input:
-            grad_input = grad_output @ weight.to(ctx.dtype)
-        if needs_weight:
-            sign = unpack_sign(packed, ctx.layout, ctx.dtype, low=ctx.low)
-            grad_weight = (rows.T @ sign.reshape(-1, weight.shape[1])).to(weight.dtype)
-            grad_weight = grad_weight * ctx.gain
-        if needs_bias:
+        if needs[0]:
+            grad_input = (rows @ weight.to(rows.dtype)).view(shape)
+        if needs[1]:
+            product = sign_weight_gradient(rows, source, weight.shape[1], self.low, scale)
+            grad_weight = product.to(weight.dtype)
+            if not self.mean:
+                grad_weight = grad_weight * self.gain
+        if needs[2]:
             grad_bias = rows.sum(0)
-        return grad_input, None, None, grad_weight, grad_bias, None, None, None
+        return grad_input, grad_weight, grad_bias
+
+
+class _SignOperation(NamedTuple):
+    """``LinearASA`` in a replayed chain, which gives it its input again: it keeps no bits.
+
+    Parameters: weight and bias.
+    """
+
+    sign: _Sign
+    observer: Observer | None
+
+    def forward(self, x: Tensor, parameters: Tensors) -> tuple[Tensor, Tensors, Tensors]:
+        if self.observer is not None:
+            self.observer(x)
+        return *self.replay(x, parameters, ()), ()
+
+    def replay(self, x: Tensor, parameters: Tensors, kept: Tensors) -> tuple[Tensor, Tensors]:
+        return self.sign.linear(cast_input(x, parameters[0]), *parameters), kept
+
+    def backward(self, grad, x, parameters, kept, needs) -> tuple[Tensor | None, Tensors]:
+        weight, rows, scale = parameters[0], as_rows(x).to(grad.dtype), None
+        if self.sign.mean and needs[1]:
+            scale = sign_scale(rows, self.sign.low, self.sign.epsilon)
+        grad_x, *grads = self.sign.linear_backward(grad, x.shape, rows, scale, weight, needs)
+        return grad_x, tuple(grads)
 
 
 class Conv2dASAFunction(torch.autograd.Function):
@@ -86,7 +162,7 @@ class Conv2dASAFunction(torch.autograd.Function):
         ctx.layout, ctx.where, ctx.low, ctx.gain = layout, where, low, gain
         ctx.shape, ctx.dtype = x.shape, x.dtype
         ctx.save_for_backward(packed, weight)
-        h = _add_sign(x, low, epsilon)
+        h = add_sign(x, low, epsilon)
         return convolve(h, weight.to(x.dtype), cast(bias, x.dtype), where)
 
     @staticmethod
@@ -119,6 +195,7 @@ def linear_asa(
     relu: bool = False,
     epsilon: float = 0.01,
     lr_expansion: float = 100.0,
+    scale: str = "fixed",
     code: SignCode | None = None,
 ) -> Tensor:
     """``F.linear`` that keeps one bit per element of its input.
@@ -129,16 +206,20 @@ def linear_asa(
         bias: (D,) or None.
         relu: decode "not positive" as 0 instead of -1; for inputs that are never negative.
         epsilon: size of the sign that is added to the input.
-        lr_expansion: factor on the weight gradient.
+        lr_expansion: factor on the weight gradient, with scale="fixed".
+        scale: "fixed", the paper's, or "mean": see ``LinearASAFunction``.
         code: ``sign_code(x)``, where several layers read the same input and share one code.
 
     Returns:
         (..., D); see ``LinearASAFunction`` for what is exact.
     """
-    x = cast_input(x, weight)
+    x = cast_input(x, weight).contiguous()
     packed, layout = _code(x, weight, code)
-    low, gain = _low(relu), lr_expansion * epsilon
-    return LinearASAFunction.apply(x, packed, layout, weight, bias, low, epsilon, gain)
+    if packed is not None and layout != layout_in_rows(x.shape):
+        signs_in_rows = unpack_sign(packed, layout, torch.bool, low=0).contiguous()
+        packed = pack_sign(signs_in_rows)
+    sign = _sign(relu, epsilon, lr_expansion, scale)
+    return LinearASAFunction.apply(x, packed, weight, bias, sign)
 
 
 def conv2d_asa(
@@ -176,22 +257,22 @@ def conv2d_asa(
     return batched(apply, x)
 
 
-class _SignLayer:
+class _SignLayer(RuleLayer):
     """The options of both ASA layers; stands before the layer of PyTorch among the bases."""
 
     def __init__(self, *args, relu=False, epsilon=0.01, lr_expansion=100.0, **kwargs):
         super().__init__(*args, **kwargs)
         self.relu, self.epsilon, self.lr_expansion = relu, epsilon, lr_expansion
 
-    def options(self) -> dict[str, bool | float]:
+    def options(self) -> dict[str, bool | float | str]:
         """The keyword arguments of the functional form."""
         names = ("relu", "epsilon", "lr_expansion")
         return {name: getattr(self, name) for name in names}
 
     def auxiliary(self, x: Tensor, code: SignCode | None = None) -> tuple[Tensor, Tensor, float]:
         """See ``aal.rules.layer``."""
-        sign = torch.where(x > 0, 1.0, float(_low(self.relu))).to(x.dtype)
-        return x + self.epsilon * sign, self.epsilon * sign, self.lr_expansion
+        r = signs(x, low=_low(self.relu)) * self.epsilon
+        return x + r, r, self.lr_expansion
 
     def extra_repr(self) -> str:
         own = (f"{name}={value}" for name, value in self.options().items())
@@ -203,18 +284,44 @@ class LinearASA(_SignLayer, nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as ``nn.Linear``.
-        relu, epsilon, lr_expansion: as ``linear_asa``.
+        relu, epsilon, lr_expansion, scale: as ``linear_asa``.
     """
 
     auxiliary_dims = 1
 
+    def __init__(self, *args, scale: str = "fixed", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.scale = scale
+        self._sign()  # refuses an unknown scale
+
+    def options(self) -> dict[str, bool | float | str]:
+        """The keyword arguments of ``linear_asa``."""
+        return super().options() | {"scale": self.scale}
+
+    def _sign(self) -> _Sign:
+        return _sign(**self.options())
+
     def forward(self, x: Tensor, code: SignCode | None = None) -> Tensor:
         """See ``linear_asa``."""
+        self.observe(x)
         return linear_asa(x, self.weight, self.bias, code=code, **self.options())
 
     def stock_forward(self, x: Tensor, code: SignCode | None = None) -> Tensor:
         """Backpropagation: what ``nn.Linear`` computes and keeps."""
         return nn.Linear.forward(self, x)
+
+    def auxiliary(self, x: Tensor, code: SignCode | None = None) -> tuple[Tensor, Tensor, float]:
+        """See ``aal.rules.layer``."""
+        h, r, gain = super().auxiliary(x)
+        if self.scale == "fixed":
+            return h, r, gain
+        size = sign_scale(as_rows(x), _low(self.relu), self.epsilon).view(*x.shape[:-1], 1)
+        return h, size * signs(x, low=_low(self.relu)), 1.0
+
+    def replay_operation(self) -> tuple[Operation, Tensors]:
+        """See ``aal.ops.operation``."""
+        operation = _SignOperation(self._sign(), self.active_observer())
+        return operation, (self.weight, self.bias)
 
 
 class Conv2dASA(_SignLayer, Conv2dRule):
@@ -227,6 +334,7 @@ class Conv2dASA(_SignLayer, Conv2dRule):
 
     def forward(self, x: Tensor, code: SignCode | None = None) -> Tensor:
         """See ``conv2d_asa``."""
+        self.observe(x)
         options = {**self.arguments(), **self.options()}
         return conv2d_asa(x, self.weight, self.bias, code=code, **options)
 
@@ -239,8 +347,10 @@ def _low(relu: bool) -> int:
     return 0 if relu else -1
 
 
-def _add_sign(x: Tensor, low: int, epsilon: float) -> Tensor:
-    return torch.where(x > 0, x + epsilon, x + low * epsilon)
+def _sign(relu: bool, epsilon: float, lr_expansion: float, scale: str) -> _Sign:
+    if scale not in SCALES:
+        raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+    return _Sign(_low(relu), epsilon, lr_expansion * epsilon, scale == "mean")
 
 
 def _code(x: Tensor, weight: Tensor, code: SignCode | None) -> tuple[Tensor | None, Layout | None]:

@@ -10,15 +10,37 @@ A layer with a rule offers, beside ``forward``:
     compares the two.
 ``auxiliary_dims``
     the number of last dimensions over which the indicator is summed: a sample, or a row.
+``replay_operation()``
+    for linear layers: their part in a replayed chain, see ``aal.ops.operation``.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+Observer = Callable[..., None]
 
-class Conv2dRule(nn.Conv2d):
+
+class RuleLayer:
+    """Stands first among the bases of every layer with a rule.
+
+    ``observer`` is called with the inputs of each forward pass that autograd records. It is None
+    but for the steps whose Learning Indicators are recorded.
+    """
+
+    observer: Observer | None = None
+
+    def active_observer(self) -> Observer | None:
+        return self.observer if torch.is_grad_enabled() else None
+
+    def observe(self, *inputs: Any) -> None:
+        if (observer := self.active_observer()) is not None:
+            observer(*inputs)
+
+
+class Conv2dRule(RuleLayer, nn.Conv2d):
     """Base of the convolution layers: ``nn.Conv2d`` with zero padding only."""
 
     auxiliary_dims = 3

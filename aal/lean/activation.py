@@ -1,0 +1,103 @@
+"""Activation functions that keep one or two bits per element instead of their input."""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from aal.ops.activation import Activation, activation_of
+from aal.ops.derivative_code import (
+    Table,
+    encode_derivative,
+    multiply_by_derivative,
+    table_of,
+)
+from aal.ops.dropout import dropout, dropout_backward
+from aal.ops.sign_pack import SignCode, layout_in_rows
+
+
+class CodedActivationFunction(torch.autograd.Function):
+    """An activation function, and perhaps dropout behind it, that keeps a code of its derivative.
+
+    Forward     y = dropout(f(x)), exact
+    Backward    grad_input = dropout's gradient(grad_output) * d(x)
+                exact for ReLU; approximate for GELU and SiLU: d has the four steps of ``table``
+                where f' is smooth
+
+    Shapes      x, y of any shape
+    Saves       1 bit per element for ReLU, 2 for GELU and SiLU, 1 more for dropout. Stock layers
+                keep x (ReLU: y) at 16 or 32, and dropout's mask.
+    Edge cases  the first plane of bits, an output too, is the sign of y wherever the middle
+                threshold is 0, dropped elements included. (f(x) > 0 where x > 0, unless it
+                underflows.) No double backward.
+    Source      steps instead of a derivative: Novikov et al., "Few-bit backward", 2022.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, activation: Activation, table: Table | None, probability: float):
+        ctx.table, ctx.probability = table, probability
+        planes, mask = encode_derivative(x, table), ()
+        y = activation.forward(x)
+        if probability:
+            y, *mask = dropout(y, probability)
+            # Dropped elements get no gradient, so that their own bit is free to say "not positive".
+            planes = (planes[0] & mask[0], *planes[1:])
+        ctx.num_planes = len(planes)
+        ctx.save_for_backward(*planes, *mask)
+        ctx.mark_non_differentiable(planes[0])
+        return y, planes[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor, _):
+        saved = ctx.saved_tensors
+        planes, mask = saved[: ctx.num_planes], saved[ctx.num_planes :]
+        if mask:
+            grad_output = dropout_backward(grad_output, ctx.probability, *mask)
+        return multiply_by_derivative(grad_output, planes, ctx.table), None, None, None
+
+
+def activation_coded(
+    x: Tensor, layer: nn.Module, *, derivative: str = "fitted", dropout: float = 0.0
+) -> tuple[Tensor, SignCode | None]:
+    """``F.dropout(layer(x), dropout)`` that keeps a code of the derivative.
+
+    Args:
+        x: any shape.
+        layer: ``nn.ReLU``, ``nn.GELU`` or ``nn.SiLU``.
+        derivative: "fitted" to the derivative, or "published" (ReGELU2, ReSiLU2).
+        dropout: probability; 0 outside of training.
+
+    Returns:
+        The result, and its signs for a layer under ASA to share, if the code holds them; see
+        ``CodedActivationFunction`` for what is exact.
+
+    Raises:
+        TypeError: another layer.
+    """
+    activation = activation_of(layer)
+    if activation is None:
+        raise TypeError(f"no code for the derivative of {layer}; use ReLU, GELU or SiLU")
+    table = table_of(activation, derivative)
+    y, signs = CodedActivationFunction.apply(x, activation, table, dropout)
+    holds_sign = table is None or table.holds_sign
+    return y, SignCode(signs, layout_in_rows(x.shape)) if holds_sign else None
+
+
+class CodedActivation(nn.Module):
+    """``nn.GELU``, ``nn.SiLU`` or ``nn.ReLU`` that keeps a code; see ``CodedActivationFunction``.
+
+    Args:
+        layer: the layer that it stands for.
+        derivative: as ``activation_coded``.
+    """
+
+    def __init__(self, layer: nn.Module, derivative: str = "fitted"):
+        super().__init__()
+        self.layer, self.derivative = layer, derivative
+
+    def forward(self, x: Tensor) -> Tensor:
+        return activation_coded(x, self.layer, derivative=self.derivative)[0]
+
+    def stock_forward(self, x: Tensor) -> Tensor:
+        """What the layer of PyTorch computes and keeps."""
+        return self.layer(x)

@@ -1,0 +1,39 @@
+"""Point-wise activation functions and their derivatives as plain tensor functions."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Activation(NamedTuple):
+    """One of "relu", "gelu", "gelu_tanh" and "silu", with the kernels of PyTorch's own layers."""
+
+    name: str
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.name == "relu":
+            return torch.relu(x)
+        return F.silu(x) if self.name == "silu" else F.gelu(x, approximate=self._approximate)
+
+    def backward(self, grad_output: Tensor, x: Tensor) -> Tensor:
+        """Gradient of ``forward`` for x; exact."""
+        if self.name == "relu":
+            return torch.ops.aten.threshold_backward(grad_output, x, 0)
+        if self.name == "silu":
+            return torch.ops.aten.silu_backward(grad_output, x)
+        return torch.ops.aten.gelu_backward(grad_output, x, approximate=self._approximate)
+
+    @property
+    def _approximate(self) -> str:
+        return "tanh" if self.name == "gelu_tanh" else "none"
+
+
+def activation_of(layer: nn.Module) -> Activation | None:
+    """The function of a layer of PyTorch, or None if it is not one of these."""
+    if isinstance(layer, nn.GELU):
+        return Activation("gelu_tanh" if layer.approximate == "tanh" else "gelu")
+    if isinstance(layer, nn.ReLU):
+        return Activation("relu")
+    return Activation("silu") if isinstance(layer, nn.SiLU) else None

@@ -1,0 +1,34 @@
+"""Linear layer and its gradients as plain tensor functions, rounded as ``F.linear``'s are."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from aal.ops.autocast import cast, cast_input
+
+Needs = tuple[bool, bool, bool]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` that casts its own weights: x (..., C), weight (D, C) -> (..., D)."""
+    x = cast_input(x, weight)
+    return F.linear(x, weight.to(x.dtype), cast(bias, x.dtype))
+
+
+def linear_backward(
+    grad_output: Tensor, x: Tensor, weight: Tensor, needs: Needs
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of ``linear`` for input, weight and bias; None where ``needs`` is False."""
+    rows = as_rows(grad_output)
+    grad_input = grad_weight = grad_bias = None
+    if needs[0]:
+        grad_input = (rows @ weight.to(rows.dtype)).view(x.shape)
+    if needs[1]:
+        grad_weight = rows.T @ as_rows(x).to(rows.dtype)
+    if needs[2]:
+        grad_bias = rows.sum(0)
+    return grad_input, grad_weight, grad_bias
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(..., C) -> (rows, C)."""
+    return x.reshape(-1, x.shape[-1])
