@@ -26,7 +26,7 @@ from aal.training.loop import Trainer, evaluate
 from aal.training.recipe import Recipe
 from aal.training.run_folder import RunFolder, check_agrees
 
-_MAX_NAME = 180  # letters; files in the folder add to it, and 255 are possible
+_MAX_NAME = 230  # letters; 255 are possible, and files in the folder add some
 
 
 def add_arguments(parser: Parser, test_batch_size: int) -> None:
@@ -128,11 +128,9 @@ class ImageRun:
 
     def name(self) -> str:
         """Readable, and different for runs of different settings, unless the user chose it."""
-        if "name" in self.args:
-            return self.args.name
-        words = [self.args.dataset, self.title]
-        words += changes(asdict(self.settings), asdict(self.usual))
-        name = "_".join(words)
+        settings = changes(asdict(self.settings), asdict(self.usual))
+        derived = "_".join([self.args.dataset, self.title, *settings])
+        name = vars(self.args).get("name", derived)
         if len(name) > _MAX_NAME:
             raise UserError(f"{name} is too long for a folder; choose another with --name")
         return name

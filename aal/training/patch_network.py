@@ -185,6 +185,6 @@ def _title(args: argparse.Namespace) -> list[str]:
 
 
 def _folder_name(text: str) -> str:
-    if Path(text).name != text:
+    if text in ("", "..") or Path(text).name != text:
         raise argparse.ArgumentTypeError(f"must name a folder without its parents, got {text!r}")
     return text

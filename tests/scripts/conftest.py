@@ -1,6 +1,9 @@
 """Real images on disk, and the scripts run in this process."""
 
+import contextlib
 import os
+import pickle
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -8,7 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.utils._pytree import tree_leaves
+from torchvision import datasets
+
+from aal.training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ("n01443537", "n01629819")
@@ -42,6 +50,59 @@ def train(call: Callable, tiny_imagenet: Path, tmp_path: Path) -> Callable:
         return call("ResNet/train.py", *words, "--device", "cpu", *arguments)
 
     return run
+
+
+SMALL = {
+    "ViT/train.py": "--patch 2 --hidden 8 --head 2 --num-layers 1 --mlp-hidden 16",
+    "MLP-Mixer/train.py": "--patch-size 4 --hidden-size 8 --hidden-c 8 --hidden-s 4 --num-layers 1",
+}
+RULES = ("bp", "aba1", "aba2", "aba3", "aba4", "asa1", "asa2", "asa3", "asa4")
+
+
+def patch_network(call: Callable, script: str, tiny_imagenet: Path, tmp_path: Path) -> Callable:
+    """Run a script of patch networks with a small one on a few images of 8 pixels."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        words = ["--dataset", "tiny-imagenet", "--data-path", tiny_imagenet, "--img-size", 8]
+        words += ["--batch-size", 6, "--workers", 0, "--output", tmp_path / "runs"]
+        return call(script, *words, *SMALL[script].split(), "--device", "cpu", *arguments)
+
+    return run
+
+
+@pytest.fixture
+def train_vit(call: Callable, tiny_imagenet: Path, tmp_path: Path) -> Callable:
+    return patch_network(call, "ViT/train.py", tiny_imagenet, tmp_path)
+
+
+@pytest.fixture
+def train_mixer(call: Callable, tiny_imagenet: Path, tmp_path: Path) -> Callable:
+    return patch_network(call, "MLP-Mixer/train.py", tiny_imagenet, tmp_path)
+
+
+@pytest.fixture(params=SMALL)
+def train_patches(
+    request: pytest.FixtureRequest, call: Callable, tiny_imagenet: Path, tmp_path: Path
+) -> Callable:
+    """``train_vit`` and ``train_mixer``, one after the other."""
+    return patch_network(call, request.param, tiny_imagenet, tmp_path)
+
+
+@pytest.fixture
+def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Eight training and four test images in CIFAR-10's own files, whose sums are not checked."""
+    folder = tmp_path / "cifar" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for name, count in (("data_batch_1", 8), ("test_batch", 4)):
+        pixels = random.integers(0, 256, (count, 3 * 32 * 32), dtype=np.uint8)
+        content = {"data": pixels, "labels": [i % 10 for i in range(count)]}
+        (folder / name).write_bytes(pickle.dumps(content))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("0123456789")}))
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", [("data_batch_1", None)])
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", [("test_batch", None)])
+    monkeypatch.setattr(datasets.CIFAR10, "meta", datasets.CIFAR10.meta | {"md5": None})
+    return folder.parent
 
 
 @pytest.fixture(scope="session")
@@ -78,6 +139,26 @@ def _write_image(path: Path, random: np.random.Generator, label: int) -> None:
     Image.fromarray(pixels.astype(np.uint8)).save(path)
 
 
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """Interrupt runs once the records of some epoch are written, inside a ``with`` block."""
+
+    @contextlib.contextmanager
+    def interrupted(epoch: int):
+        finish_epoch = RunFolder.finish_epoch
+
+        def stop(self, row, *rest):
+            finish_epoch(self, row, *rest)
+            if row["epoch"] == epoch:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RunFolder, "finish_epoch", stop)
+            yield
+
+    return interrupted
+
+
 def run_folder(tmp_path: Path) -> Path:
     """The only run folder below ``tmp_path / "runs"``."""
     (folder,) = (tmp_path / "runs").iterdir()
@@ -91,3 +172,25 @@ def files_of(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def flags_of(help: str) -> set[str]:
+    """Every flag that --help names."""
+    return set(re.findall(r"--[A-Za-z][A-Za-z0-9-]*", help.split("options:")[1]))
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights at the end of a run."""
+    return torch.load(folder / "last.pth", weights_only=True)["model"]
+
+
+def assert_same_results(folder: Path, other: Path) -> None:
+    """The two runs of one name came to the same numbers, apart from times."""
+    for file in ("last.pth", "best.pth"):
+        states = [torch.load(place / file, weights_only=True) for place in (folder, other)]
+        for ours, theirs in zip(*map(tree_leaves, states), strict=True):
+            same = torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+            assert same, (file, ours, theirs)
+    for name in (f"{folder.name}.npy", f"{folder.name}_li.npy"):
+        np.testing.assert_array_equal(np.load(folder / name), np.load(other / name))
+    assert (folder / "test.json").read_text() == (other / "test.json").read_text()

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 from resnet import build, load_weights
-from scripts.conftest import files_of, run_folder
-from torch.utils._pytree import tree_leaves
+from scripts.conftest import assert_same_results, files_of, flags_of, run_folder
 
 from aal.training import data
 from aal.training.devices import Worker
@@ -112,39 +111,19 @@ def test_a_bare_state_dict_is_scored(train: Callable, tmp_path: Path):
     ids=["gcp", "bf16", "adam"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: tuple[str, ...]
+    train: Callable, tmp_path: Path, stop_after: Callable, extra: tuple[str, ...]
 ):
     arguments = (*ARA, "--get-li", "--epochs", 3, *extra)
     train(*arguments)
-    whole = run_folder(tmp_path)
-    shutil.move(whole, tmp_path / "whole")
-
-    from aal.training.run_folder import RunFolder
-
-    finish_epoch = RunFolder.finish_epoch
-
-    def stop_after_two(self, row, *rest):
-        finish_epoch(self, row, *rest)
-        if row["epoch"] == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "finish_epoch", stop_after_two)
+    shutil.move(run_folder(tmp_path), tmp_path / "whole")
+    with stop_after(2):
         status, _, err = train(*arguments)
     assert status == 130 and "--resume" in err
     status, out, err = train(*arguments, "--resume")
     assert (status, err) == (0, "")
     assert "epoch 3/3" in out and "epoch 2/3" not in out
 
-    resumed = run_folder(tmp_path)
-    for file in ("last.pth", "best.pth"):
-        states = [torch.load(p / file, weights_only=True) for p in (tmp_path / "whole", resumed)]
-        for ours, theirs in zip(*map(tree_leaves, states), strict=True):
-            same = torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
-            assert same, (file, ours, theirs)
-    for name in (f"{resumed.name}.npy", f"{resumed.name}_li.npy"):
-        np.testing.assert_array_equal(np.load(resumed / name), np.load(tmp_path / "whole" / name))
-    assert (resumed / "test.json").read_text() == (tmp_path / "whole" / "test.json").read_text()
+    assert_same_results(run_folder(tmp_path), tmp_path / "whole")
 
 
 def test_recording_indicators_changes_nothing_else(train: Callable, tmp_path: Path):
@@ -358,8 +337,7 @@ def test_a_checkpoint_of_another_model_is_refused(train: Callable, tmp_path: Pat
 def test_the_flags_are_these(call: Callable):
     status, out, _ = call("ResNet/train.py", "--help")
     assert status == 0
-    flags = set(re.findall(r"--[A-Za-z][A-Za-z-]*", out.split("options:")[1]))
-    assert flags == set(
+    assert flags_of(out) == set(
         """--help --model --learning-rule --ARA-stride --lean --gcp --actnn --dataset --data-path
         --imagenet-data-path --tiny-imagenet-data-path --optimizer --scheduler --decay-type --lr
         --learning-rate --epochs --max-epochs --batch-size --train-batch-size --test-batch-size

@@ -62,3 +62,11 @@ def test_a_user_error_becomes_one_line_and_status_2(capsys: pytest.CaptureFixtur
 
     assert run(main, [], "train.py") == 2
     assert capsys.readouterr().err == "train.py: error: no such thing; try another\n"
+
+
+def test_flags_of_old_releases_are_answered_with_what_became_of_them(parser: Parser):
+    parser.reject({"--precision": "is gone; use --amp"})
+    for words in (["--precision"], ["--Precision=16"], ["--precision", "16"]):
+        with pytest.raises(UserError, match="^--precision is gone; use --amp$"):
+            parser.parse_args(words)
+    assert "--precision" not in parser.format_help()
