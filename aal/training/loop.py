@@ -58,9 +58,9 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.worker.device.type, enabled=self.amp == "fp16")
 
     def measure_saved_mib(self, loader: DataLoader) -> float:
-        """MiB that autograd holds between forward and backward of a training step, per process.
+        """MiB that autograd holds between forward and backward, per process.
 
-        Takes the first batch of ``loader``, and leaves buffers and random state as they were.
+        Takes the first batch of ``loader``, or its first part, and leaves buffers and random state as they were.
         """
         model, device = self._bare_model().train(), self.worker.device
         with preserved(model), _autocast(device, self.amp):

@@ -11,7 +11,7 @@ from torch import nn
 
 from aal.training import image_run
 from aal.training.command_line import Parser, UserError, note
-from aal.training.descriptions import DATASETS, Description
+from aal.training.descriptions import Description
 from aal.training.recipe import Recipe, add_recipe_flags
 
 _OPTIONS = ("model", "learning_rule", "lean", "gcp", "asa_scale", "derivative")
@@ -86,8 +86,9 @@ def main(family: Family, script: str, description: str, arguments: Sequence[str]
 
     options = {name: getattr(args, name) for name in _OPTIONS} | sizes
     options["pretrained"] = args.pretrained and args.pretrained.name
-    pixels = vars(args).get("img_size", recipe.img_size) or DATASETS[args.dataset].size
-    function = {"model": args.model, "img_size": pixels, **sizes}
+    # Images of one size are other numbers when they were brought to it.
+    size = vars(args).get("img_size", recipe.img_size) or "of the data"
+    function = {"model": args.model, "img_size": size, **sizes}
     function["learning_rule"] = args.learning_rule
     del function["dropout"]
     words = [*_title(args), *image_run.changes(sizes, usual)]

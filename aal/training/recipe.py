@@ -36,7 +36,7 @@ class Recipe:
     Args:
         lr: largest step size. With ``scale_lr`` it belongs to ``batch_size`` images per step and
             grows with them (Goyal et al., 2017).
-        eval_every: steps between validations in a run of ``num_steps``.
+        eval_every: steps between validations; goes with ``num_steps``.
         drop_epochs: "step" lowers the rate every so many epochs; None means at half and at three
             quarters of the run.
         img_size: pixels per side to bring images to; None keeps their size.
@@ -94,14 +94,12 @@ class Recipe:
             if chosen:
                 given = dict.fromkeys(pair) | given
         changed = replace(self, **given)
-        if changed.num_steps is None:
-            if "eval_every" in given:
-                raise UserError("--eval-every counts steps; it goes with --num-steps")
-            changed = replace(changed, eval_every=None)
-        else:
-            changed = replace(
-                changed, eval_every=min(changed.eval_every or changed.num_steps, changed.num_steps)
-            )
+        every = None
+        if changed.num_steps is not None:
+            every = min(changed.eval_every, changed.num_steps)
+        elif "eval_every" in given:
+            raise UserError("--eval-every counts steps; it goes with --num-steps")
+        changed = replace(changed, eval_every=every)
         if changed.min_lr > changed.lr:
             raise UserError(f"--min-lr {changed.min_lr} is above --lr {changed.lr}")
         return changed

@@ -63,6 +63,42 @@ def test_published_networks_follow_their_own_recipe(
     assert {name: config[name] for name in expected} == expected
 
 
+def _archive(path: Path) -> None:
+    """Weights of the tests' network, named and shaped as the authors published theirs."""
+    random = np.random.default_rng(0)
+    shapes = {"stem/kernel": (4, 4, 3, 8), "stem/bias": (8,)}
+    shapes |= {f"pre_head_layer_norm/{name}": (8,) for name in ("scale", "bias")}
+    for part, size in (("token_mixing", 4), ("channel_mixing", 8)):
+        for layer in (f"MixerBlock_0/{part}/Dense_0", f"MixerBlock_0/{part}/Dense_1"):
+            shapes |= {f"{layer}/kernel": (size, size), f"{layer}/bias": (size,)}
+    for norm in ("MixerBlock_0/LayerNorm_0", "MixerBlock_0/LayerNorm_1"):
+        shapes |= {f"{norm}/scale": (8,), f"{norm}/bias": (8,)}
+    np.savez(path, **{name: random.normal(size=shape) for name, shape in shapes.items()})
+
+
+def test_a_run_starts_from_published_weights_and_resumes_without_them(
+    train_mixer: Callable, tmp_path: Path, stop_after: Callable
+):
+    _archive(tmp_path / "Mixer.npz")
+    words = ("--pretrained_dir", tmp_path / "Mixer.npz", "--num-steps", 2, "--eval-every", 1)
+    with stop_after(1):
+        train_mixer(*words, "--learning-rule", "asa1")
+    folder = run_folder(tmp_path)
+    row = json.loads((folder / "metrics.jsonl").read_text())
+    assert row["train_loss"] == pytest.approx(np.log(200))  # the head was zero
+    assert "pretrained" in folder.name
+    assert json.loads((folder / "config.json").read_text())["pretrained"] == "Mixer.npz"
+    (tmp_path / "Mixer.npz").unlink()
+    status, _, err = train_mixer(*words, "--learning-rule", "asa1", "--resume")
+    assert (status, err) == (0, "")
+
+
+def test_published_weights_must_fit(train_mixer: Callable, tmp_path: Path):
+    _archive(tmp_path / "Mixer.npz")
+    status, _, err = train_mixer("--pretrained", tmp_path / "Mixer.npz", "--hidden-size", 16)
+    assert status == 2 and err.count("\n") == 1 and "stem" in err
+
+
 def test_nesterov_is_used_unless_it_is_off(train_mixer: Callable, tmp_path: Path):
     losses = []
     for extra in ((), ("--off-nesterov",), ("--momentum", 0)):

@@ -272,6 +272,18 @@ def test_what_is_learned_does_not_depend_on_validations(
     torch.testing.assert_close(states[2], states[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("script", SMALL)
+def test_images_of_their_own_size_are_not_scored_as_resized_ones(
+    call: Callable, tmp_path: Path, script: str
+):
+    _digits(call, script, tmp_path / "runs")
+    best = run_folder(tmp_path) / "best.pth"
+    words = ("--dataset", "digits", *SMALL[script].split(), "--model-path", best)
+    assert call(script, *words)[0] == 0
+    status, _, err = call(script, *words, "--img-size", 32)
+    assert status == 2 and "--img-size of the data, not 32" in err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SMALL)
 def test_two_processes_train_as_one(call: Callable, tmp_path: Path, script: str):
