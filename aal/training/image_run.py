@@ -13,12 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from aal.indicator import IndicatorRecorder
 from aal.memory import MIB
 from aal.training import data, devices
-from aal.training.command_line import (
-    Parser,
-    UserError,
-    non_negative_int,
-    positive_int,
-)
+from aal.training.command_line import Parser, UserError, non_negative_int, positive_int
 from aal.training.descriptions import DATASETS, Description, dataset_name
 from aal.training.devices import Worker
 from aal.training.files import read_checkpoint
@@ -166,10 +161,10 @@ class ImageRun:
             worker,
             settings.amp,
             self.recorder,
-            settings.mixing(DATASETS[self.args.dataset].num_classes),
-            settings.label_smoothing,
-            settings.max_grad_norm,
-            settings.gradient_accumulation_steps,
+            mix=settings.mixing(DATASETS[self.args.dataset].num_classes),
+            label_smoothing=settings.label_smoothing,
+            max_grad_norm=settings.max_grad_norm,
+            accumulation=settings.gradient_accumulation_steps,
         )
         return trainer, loader
 

@@ -60,7 +60,8 @@ class Trainer:
     def measure_saved_mib(self, loader: DataLoader) -> float:
         """MiB that autograd holds between forward and backward, per process.
 
-        Takes the first batch of ``loader``, or its first part, and leaves buffers and random state as they were.
+        Takes the first batch of ``loader``, or the first part of it that goes through the network,
+        and leaves buffers and random state as they were.
         """
         model, device = self._bare_model().train(), self.worker.device
         with preserved(model), _autocast(device, self.amp):

@@ -39,7 +39,8 @@ def test_the_command_of_the_paper_learns_the_bundled_digits(call: Callable, tmp_
 def test_a_resumed_run_mixes_as_an_uninterrupted_one(
     train_mixer: Callable, tmp_path: Path, stop_after: Callable
 ):
-    arguments = ("--cutmix-prob", 0.7, "--cutmix-beta", 0.4, "--get-li", "--epochs", 3)
+    arguments = ("--cutmix-prob", 0.7, "--cutmix-beta", 0.4, "--autoaugment", "--get-li")
+    arguments += ("--epochs", 3)
     train_mixer(*arguments)
     shutil.move(run_folder(tmp_path), tmp_path / "whole")
     with stop_after(1):
