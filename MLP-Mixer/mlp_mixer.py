@@ -21,7 +21,15 @@ from aal.feed_forward import FeedForward
 from aal.lean import Transpose
 from aal.method import LEAN, Method
 from aal.ops.derivative_code import DERIVATIVES
-from aal.pretrained import convolution_from, linear_from, norm_from, prefixed, read_archive
+from aal.patch_embedding import PatchEmbedding
+from aal.pretrained import (
+    convolution_from,
+    linear_from,
+    norm_from,
+    prefixed,
+    read_archive,
+    refuse_rest,
+)
 from aal.rules.asa import SCALES as ASA_SCALES
 from aal.rules.placement import RULES
 from aal.rules.weights import load_weights
@@ -65,12 +73,6 @@ class Architecture:
     dropout: float = 0.0
     norm_eps: float = 1e-6
 
-    def __post_init__(self) -> None:
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"patches of {self.patch_size} pixels do not fill an image of {self.image_size}"
-            )
-
 
 MODELS: dict[str, Architecture] = {
     "mlp_mixer": Architecture(32, 4, 128, 8, 64, 512, activation="relu", norm_eps=1e-5),
@@ -97,17 +99,6 @@ class Block(nn.Module):
         return x + self.mlp_channels(x, self.norm2)
 
 
-class PatchEmbedding(nn.Module):
-    """Cut an image into patches and project each: (B, channels, H, W) -> (B, T, width)."""
-
-    def __init__(self, in_channels: int, sizes: Architecture):
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, sizes.width, sizes.patch_size, sizes.patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
-
-
 class MLPMixer(nn.Module):
     """An MLP-Mixer; see the module's docstring.
 
@@ -121,8 +112,9 @@ class MLPMixer(nn.Module):
     def __init__(self, sizes: Architecture, num_classes: int, in_channels: int, method: Method):
         super().__init__()
         self.sizes = sizes
-        tokens = (sizes.image_size // sizes.patch_size) ** 2 + sizes.class_token
-        self.stem = PatchEmbedding(in_channels, sizes)
+        image = {"image_size": sizes.image_size, "patch_size": sizes.patch_size}
+        self.stem = PatchEmbedding(in_channels, sizes.width, **image)
+        tokens = self.stem.side**2 + sizes.class_token
         self.cls_token = nn.Parameter(torch.randn(1, 1, sizes.width)) if sizes.class_token else None
         self.blocks = nn.Sequential(*(Block(sizes, tokens, method) for _ in range(sizes.depth)))
         self.norm = nn.LayerNorm(sizes.width, sizes.norm_eps)
@@ -179,6 +171,7 @@ def load_pretrained(model: MLPMixer, path: Path | str) -> None:
         state |= prefixed("norm", norm_from(arrays, "pre_head_layer_norm"))
     except (IndexError, RuntimeError) as error:
         raise ValueError(f"{path} holds no MLP-Mixer of this kind: {error}") from error
+    refuse_rest(arrays)
     state |= {f"head.{name}": torch.zeros_like(p) for name, p in model.head.named_parameters()}
     load_weights(model, state)
 

@@ -27,12 +27,32 @@ from aal.feed_forward import FeedForward
 from aal.lean import Dropout, replay
 from aal.method import LEAN, Method
 from aal.ops.derivative_code import DERIVATIVES
-from aal.pretrained import convolution_from, linear_from, norm_from, prefixed, read_archive
+from aal.patch_embedding import PatchEmbedding
+from aal.pretrained import (
+    array_from,
+    convolution_from,
+    linear_from,
+    norm_from,
+    prefixed,
+    read_archive,
+    refuse_rest,
+)
 from aal.rules import weights
 from aal.rules.asa import SCALES as ASA_SCALES
 from aal.rules.placement import RULES
 
-__all__ = ["ASA_SCALES", "DERIVATIVES", "LEAN", "MODELS", "RULES", "Architecture", "ViT", "build"]
+__all__ = [
+    "ASA_SCALES",
+    "DERIVATIVES",
+    "LEAN",
+    "MODELS",
+    "RULES",
+    "Architecture",
+    "ViT",
+    "build",
+    "load_pretrained",
+    "load_weights",
+]
 
 
 @dataclass(frozen=True)
@@ -68,10 +88,6 @@ class Architecture:
     embedding_std: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"patches of {self.patch_size} pixels do not fill an image of {self.image_size}"
-            )
         if self.width % self.heads:
             raise ValueError(f"{self.heads} heads do not divide a width of {self.width}")
         if self.attention_scale not in ("head", "width"):
@@ -158,17 +174,6 @@ class Block(nn.Module):
         return x + self.mlp(x, self.norm2)
 
 
-class PatchEmbedding(nn.Module):
-    """Cut an image into patches and project each: (B, channels, H, W) -> (B, T, width)."""
-
-    def __init__(self, in_channels: int, sizes: Architecture):
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, sizes.width, sizes.patch_size, sizes.patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
-
-
 class ViT(nn.Module):
     """A Vision Transformer; see the module's docstring.
 
@@ -182,8 +187,9 @@ class ViT(nn.Module):
     def __init__(self, sizes: Architecture, num_classes: int, in_channels: int, method: Method):
         super().__init__()
         self.sizes = sizes
-        tokens = (sizes.image_size // sizes.patch_size) ** 2 + sizes.class_token
-        self.patch_embed = PatchEmbedding(in_channels, sizes)
+        image = {"image_size": sizes.image_size, "patch_size": sizes.patch_size}
+        self.patch_embed = PatchEmbedding(in_channels, sizes.width, **image)
+        tokens = self.patch_embed.side**2 + sizes.class_token
         self.cls_token = None
         if sizes.class_token:
             self.cls_token = nn.Parameter(torch.randn(1, 1, sizes.width) * sizes.embedding_std)
@@ -254,7 +260,7 @@ def load_pretrained(model: ViT, path: Path | str) -> None:
     arrays = read_archive(path)
     try:
         state = _from_archive(arrays, model)
-    except (IndexError, KeyError, RuntimeError) as error:
+    except (IndexError, RuntimeError) as error:
         raise ValueError(f"{path} holds no Vision Transformer of this kind: {error}") from error
     state |= {f"head.{name}": torch.zeros_like(p) for name, p in model.head.named_parameters()}
     weights.load_weights(model, state)
@@ -266,11 +272,12 @@ def _from_archive(arrays: dict[str, Tensor], model: ViT) -> dict[str, Tensor]:
     for i in range(len(model.blocks)):
         state |= _block_from(arrays, f"Transformer/encoderblock_{i}", f"blocks.{i}")
     state |= prefixed("norm", norm_from(arrays, "Transformer/encoder_norm"))
-    positions = arrays["Transformer/posembed_input/pos_embedding"]
-    token, grid = positions[:, :1], positions[:, 1:]
-    grid = _resized(grid, model.sizes.image_size // model.sizes.patch_size)
+    token = array_from(arrays, "cls")
+    positions = array_from(arrays, "Transformer/posembed_input/pos_embedding")
+    refuse_rest(arrays)
+    grid = _resized(positions[:, 1:], model.patch_embed.side)
     if model.cls_token is not None:
-        state["cls_token"], grid = arrays["cls"], torch.cat([token, grid], dim=1)
+        state["cls_token"], grid = token, torch.cat([positions[:, :1], grid], dim=1)
     return state | {"pos_embed": grid}
 
 

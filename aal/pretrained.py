@@ -1,6 +1,6 @@
 """Weights that the authors of ViT and MLP-Mixer published as NumPy archives.
 
-Each function takes the arrays of one layer from an archive and returns them as PyTorch shapes
+Each ``*_from`` takes the arrays of one layer out of an archive and returns them as PyTorch shapes
 them; a layer that the archive lacks is a ``ValueError``.
 """
 
@@ -33,19 +33,22 @@ def linear_from(arrays: dict[str, Tensor], name: str, *, input_dims: int = 1) ->
     Its kernel there has ``input_dims`` dimensions of inputs, then those of outputs; attention has
     two where it counts heads and features of a head apart.
     """
-    kernel = _take(arrays, f"{name}/kernel").flatten(0, input_dims - 1).flatten(1)
-    return {"weight": kernel.T, "bias": _take(arrays, f"{name}/bias").flatten()}
+    kernel = array_from(arrays, f"{name}/kernel").flatten(0, input_dims - 1).flatten(1)
+    return {"weight": kernel.T, "bias": array_from(arrays, f"{name}/bias").flatten()}
 
 
 def convolution_from(arrays: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     """Weight (D, C, K, L) and bias of a convolution, whose kernel is (K, L, C, D) there."""
-    kernel = _take(arrays, f"{name}/kernel").permute(3, 2, 0, 1)
-    return {"weight": kernel, "bias": _take(arrays, f"{name}/bias")}
+    kernel = array_from(arrays, f"{name}/kernel").permute(3, 2, 0, 1)
+    return {"weight": kernel, "bias": array_from(arrays, f"{name}/bias")}
 
 
 def norm_from(arrays: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     """Weight and bias of a layer norm."""
-    return {"weight": _take(arrays, f"{name}/scale"), "bias": _take(arrays, f"{name}/bias")}
+    return {
+        "weight": array_from(arrays, f"{name}/scale"),
+        "bias": array_from(arrays, f"{name}/bias"),
+    }
 
 
 def prefixed(prefix: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -53,7 +56,17 @@ def prefixed(prefix: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]
     return {f"{prefix}.{name}": value for name, value in parameters.items()}
 
 
-def _take(arrays: dict[str, Tensor], name: str) -> Tensor:
+def array_from(arrays: dict[str, Tensor], name: str) -> Tensor:
+    """One array by its name."""
     if name not in arrays:
         raise ValueError(f"the weights do not fit: the archive lacks {name}")
-    return arrays[name]
+    return arrays.pop(name)
+
+
+def refuse_rest(arrays: dict[str, Tensor]) -> None:
+    """Raise ``ValueError`` if more than the head, which is not wanted, is left in an archive."""
+    rest = sorted(n for n in arrays if not n.startswith(("head/", "pre_logits/")))
+    if rest:
+        raise ValueError(
+            f"the weights do not fit: the archive has unknown {rest[0]} ({len(rest)} in all)"
+        )

@@ -18,6 +18,7 @@ FLOORS = {
     "aal/indicator.py": ("aal.ops", "aal.rules", "aal.lean"),
     "aal/memory.py": ("aal.ops", "aal.rules", "aal.lean"),
     "aal/pretrained.py": (),
+    "aal/patch_embedding.py": (),
     "aal/method.py": ("aal.ops", "aal.rules", "aal.lean"),
     "aal/feed_forward.py": ("aal.ops", "aal.rules", "aal.lean", "aal.method"),
     "aal/__init__.py": ("aal.ops", "aal.rules", "aal.lean", "aal.indicator", "aal.memory"),

@@ -28,7 +28,11 @@ def linear_plus_sign(
         return F.linear(add_sign(x, low, epsilon), weight, bias)
     y = x.new_empty(len(x), len(weight))
     for rows in pieces:
-        y[rows] = F.linear(add_sign(x[rows], low, epsilon), weight, bias)
+        h = add_sign(x[rows], low, epsilon)
+        if bias is None:
+            torch.mm(h, weight.T, out=y[rows])
+        else:
+            torch.addmm(bias, h, weight.T, out=y[rows])
     return y
 
 
@@ -77,9 +81,10 @@ def sign_weight_gradient(
             sign = unpack_sign(own, layout, grad.dtype, low=low)
         else:
             sign = signs(source[rows], low=low).to(grad.dtype)
-        product = grad.T @ sign
         if total is None:
-            total = product
-        else:
-            total = total.to(torch.promote_types(total.dtype, torch.float32)).add_(product)
+            total = grad.T @ sign
+        elif total.dtype == sign.dtype and sign.dtype.itemsize >= 4:
+            total.addmm_(grad.T, sign)
+        else:  # sums of half precision would lose what the tiles add
+            total = total.float().add_(grad.T @ sign)
     return grad_output.new_zeros(grad_output.shape[1], columns) if total is None else total
