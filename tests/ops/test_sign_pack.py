@@ -9,6 +9,7 @@ from aal.ops.sign_pack import (
     layout_of,
     pack_sign,
     pack_sign_reference,
+    signs,
     unpack_sign,
     unpack_sign_reference,
 )
@@ -108,6 +109,41 @@ def test_takes_one_bit_per_element(numel):
 def test_round_trip_of_a_view(view):
     signs = unpack_sign(pack_sign(view), layout_of(view), torch.float32)
     assert_same_bits(signs, torch.where(view > 0, 1.0, -1.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_number_of_half_precision_is_packed_as_positive_or_not(dtype):
+    every_pattern = torch.arange(2**16).to(torch.uint16).view(dtype)
+    expected = pack_sign_reference(every_pattern.double())
+    assert_same_bits(pack_sign(every_pattern), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pack_takes_what_requires_a_gradient(dtype):
+    x = awkward(77, dtype)
+    assert_same_bits(pack_sign(x.clone().requires_grad_()), pack_sign(x))
+
+
+@pytest.mark.parametrize("low", [-1, 0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("numel", SIZES)
+def test_signs_are_those_of_the_bits(numel, dtype, low, device):
+    x = awkward(numel, dtype).to(device)
+    assert_same_bits(signs(x, low=low), unpack_sign(pack_sign(x), layout_of(x), dtype, low=low))
+
+
+@pytest.mark.parametrize("low", [-1, 0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_number_of_half_precision_has_the_sign_of_its_bit(dtype, low):
+    every_pattern = torch.arange(2**16).to(torch.uint16).view(dtype)
+    expected = torch.where(every_pattern.double() > 0, 1.0, low).to(dtype)
+    assert_same_bits(signs(every_pattern, low=low), expected)
+
+
+def test_signs_of_a_view(view):
+    before = view.clone()
+    assert_same_bits(signs(view), torch.where(view > 0, 1.0, -1.0))
+    assert_same_bits(view, before)
 
 
 @pytest.mark.parametrize("name", ["contiguous", "channels_last", "transposed"])
