@@ -191,10 +191,8 @@ def linear_aba(
     Returns:
         (..., D); see ``LinearABAFunction`` for what is exact.
     """
-    if aux.dim() == 2 and len(weight) % max(len(aux), 1) == 0:
-        _check_aux(aux[0], weight.shape[1])
-    else:
-        _check_aux(aux, weight.shape[1])
+    is_merged = aux.dim() == 2 and len(aux) > 0 and len(weight) % len(aux) == 0
+    _check_aux(aux[0] if is_merged else aux, weight.shape[1])
     return LinearABAFunction.apply(cast_input(x, weight), aux, weight, bias, lr_expansion)
 
 

@@ -36,4 +36,4 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
 
 
 def _is_aux(name: str) -> bool:
-    return name.endswith(".aux")
+    return name.rpartition(".")[2] == "aux"

@@ -1,6 +1,7 @@
 """ABA: exact but for the weight gradient, which is the one at the learned vector."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -331,3 +332,101 @@ def test_dtypes_that_differ_are_refused(kind):
     layer, x = layer_and_input(kind)
     with pytest.raises(ValueError, match="input is torch.bfloat16 but weight is torch.float32"):
         layer(x.bfloat16())
+
+
+PROJECTIONS = 3
+
+
+def merged_tensors(dtype: torch.dtype = torch.double) -> dict[str, Tensor]:
+    """A layer that merges three of two outputs each."""
+    shapes = {"x": (3, 5, 7), "aux": (PROJECTIONS, 7), "weight": (6, 7), "bias": (6,)}
+    return {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
+
+
+def layers_apart(
+    function: Callable[..., Tensor], x: Tensor, aux: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """What the merged layers compute one by one, with a vector each."""
+    biases = [None] * PROJECTIONS if bias is None else bias.chunk(PROJECTIONS)
+    parts = zip(aux, weight.chunk(PROJECTIONS), biases, strict=True)
+    return torch.cat([function(x=x, aux=a, weight=w, bias=b) for a, w, b in parts], -1)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_merged_layer_is_its_projections_one_by_one(bias):
+    given = merged_tensors()
+    if not bias:
+        given["bias"] = None
+    expected = run(lambda **t: layers_apart(linear, **t), **given)
+    torch.testing.assert_close(run(linear, **given), expected)
+
+
+def test_merged_layer_is_the_written_formula():
+    given = merged_tensors()
+    expected = run(lambda **t: layers_apart(linear_formula, **t), **given)
+    torch.testing.assert_close(run(linear, **given), expected)
+
+
+@pytest.mark.parametrize("name", ["x", "aux", "weight", "bias"])
+def test_frozen_tensor_of_a_merged_layer_leaves_the_others_alone(name):
+    given = merged_tensors()
+    _, expected = run(linear, **given)
+    torch.testing.assert_close(run(linear, frozen=[name], **given)[1], {**expected, name: None})
+
+
+@LOW_PRECISION
+def test_merged_layer_under_autocast_rounds_no_worse_than_eager(dtype):
+    def formula(**t: Tensor) -> Tensor:
+        return layers_apart(linear_formula, **t)
+
+    given = merged_tensors(torch.float32)
+    exact_y, exact = run(formula, **{name: t.double() for name, t in given.items()})
+    y, found = run(under_autocast(dtype, linear), **given)
+    eager_y, eager = run(under_autocast(dtype, formula), **given)
+    assert_no_worse(y, eager_y, exact_y)
+    for name in given:
+        assert_no_worse(found[name], eager[name], exact[name])
+
+
+def test_merged_layer_keeps_no_activation():
+    layer = LinearABA(7, 6, projections=PROJECTIONS)
+    x = torch.randn(3, 5, 7, requires_grad=True)
+    assert saved_bytes(lambda: layer(x)) == 0
+
+
+def test_merged_layer_has_a_vector_for_each_projection():
+    layer = LinearABA(400, 6, projections=PROJECTIONS)
+    assert layer.aux.shape == (PROJECTIONS, 400)
+    assert layer.state_dict().keys() == {"weight", "bias", "aux"}
+    assert 0.9 / 20 < layer.aux.abs().max() <= 1 / 20
+
+
+def test_auxiliary_of_a_merged_layer_names_an_activation_for_each_projection():
+    layer, x = LinearABA(7, 6, projections=PROJECTIONS, lr_expansion=GAIN), torch.randn(3, 5, 7)
+    h, r, gain = layer.auxiliary(x)
+    assert h.shape == r.shape == (PROJECTIONS, 3, 5, 7)
+    torch.testing.assert_close((h - x, gain), (r, GAIN))
+    weights, biases = layer.weight.chunk(PROJECTIONS), layer.bias.chunk(PROJECTIONS)
+    parts = [F.linear(*part) for part in zip(h, weights, biases, strict=True)]
+    torch.testing.assert_close(layer(x), torch.cat(parts, -1))
+
+
+def test_one_projection_is_a_plain_layer():
+    assert LinearABA(7, 6, projections=1).aux.shape == (7,)
+
+
+@compiling
+def test_merged_layer_compiles_as_one_graph():
+    assert_compiles(LinearABA(7, 6, projections=PROJECTIONS), torch.randn(3, 7))
+
+
+def test_outputs_that_are_not_so_many_projections_are_refused():
+    with pytest.raises(ValueError, match="7 outputs are not 3 projections"):
+        LinearABA(7, 7, projections=3)
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 6), (4, 7), (0, 7), (1, 3, 7)], ids=str)
+def test_vector_of_another_shape_is_refused(shape):
+    given = {**merged_tensors(), "aux": torch.randn(shape, dtype=torch.double)}
+    with pytest.raises(ValueError, match=r"aux must have shape \(7,\), got"):
+        linear(**given)

@@ -22,7 +22,7 @@ from torch.autograd import gradcheck
 from torch.autograd.gradcheck import GradcheckError
 from torch.utils.checkpoint import checkpoint
 
-from aal import Conv2dASA, LinearASA, conv2d_asa, linear_asa
+from aal import Conv2dASA, LinearASA, conv2d_asa, learning_indicator, linear_asa
 from aal.memory import saved_bytes
 from aal.ops.sign_pack import sign_code
 
@@ -433,3 +433,161 @@ def test_dtypes_that_differ_are_refused(kind):
     layer, x = layer_and_input(kind)
     with pytest.raises(ValueError, match="input is torch.bfloat16 but weight is torch.float32"):
         layer(x.bfloat16())
+
+
+def mean_scaled(relu: bool = False, **given: Tensor | None) -> Tensor:
+    options = {"epsilon": EPSILON, "lr_expansion": EXPANSION, "scale": "mean"}
+    return linear_asa(**given, relu=relu, **options)
+
+
+def mean_scaled_formula(
+    x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False
+) -> Tensor:
+    sign = sign_of(x, relu)
+    h = x + EPSILON * sign
+    size = (h * sign).sum(-1, keepdim=True) / sign.square().sum(-1, keepdim=True).clamp_min(1)
+    return spelled_out(F.linear, h, size * sign, weight, bias, 1.0)
+
+
+@both_codes
+@leading_dims
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_mean_scale_gives_the_written_formula(lead, bias, relu):
+    given = linear_tensors(lead)
+    if not bias:
+        given["bias"] = None
+    ours = run(lambda **t: mean_scaled(**t, relu=relu), **given)
+    torch.testing.assert_close(ours, run(lambda **t: mean_scaled_formula(**t, relu=relu), **given))
+
+
+@both_codes
+@pytest.mark.parametrize("scale", ["fixed", "mean"])
+def test_formula_holds_across_tiles(scale, relu):
+    given = {**linear_tensors(), "x": torch.randn(29_121, 9, dtype=torch.double)}
+    given["weight"] = torch.randn(4, 9, dtype=torch.double)
+    function, formula = {
+        "fixed": (linear, linear_formula),
+        "mean": (mean_scaled, mean_scaled_formula),
+    }[scale]
+    ours = run(lambda **t: function(**t, relu=relu), **given)
+    torch.testing.assert_close(ours, run(lambda **t: formula(**t, relu=relu), **given))
+
+
+@both_codes
+def test_mean_scale_changes_the_weight_gradient_alone(relu):
+    given = linear_tensors(dtype=torch.float32)
+    y, found = run(lambda **t: mean_scaled(**t, relu=relu), **given)
+    expected_y, expected = run(lambda **t: linear(**t, relu=relu), **given)
+    assert not torch.allclose(found.pop("weight"), expected.pop("weight"))
+    assert_same_bits((y, found), (expected_y, expected))
+
+
+def test_mean_scale_of_zeros_is_finite():
+    given = {**linear_tensors(), "x": torch.zeros(3, 7, dtype=torch.double)}
+    _, found = run(lambda **t: mean_scaled(**t, relu=True), **given)
+    torch.testing.assert_close(found["weight"], torch.zeros_like(given["weight"]))
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias"])
+def test_mean_scale_with_a_frozen_tensor_leaves_the_others_alone(name):
+    given = linear_tensors()
+    _, expected = run(mean_scaled, **given)
+    torch.testing.assert_close(
+        run(mean_scaled, frozen=[name], **given)[1], {**expected, name: None}
+    )
+
+
+@pytest.mark.parametrize("lead", [(), (5,), (3, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_mean_scale_keeps_a_number_per_row_too(dtype, lead):
+    layer = LinearASA(9, 4, scale="mean", dtype=dtype)
+    x = torch.randn(*lead, 9, dtype=dtype, requires_grad=True)
+    rows = x.numel() // 9
+    assert saved_bytes(lambda: layer(x)) == -(-x.numel() // 8) + rows * dtype.itemsize
+
+
+def test_mean_scale_keeps_nothing_for_a_frozen_weight():
+    layer, x = layer_and_input("linear", scale="mean")
+    layer.weight.requires_grad_(False)
+    assert saved_bytes(lambda: layer(x.requires_grad_())) == 0
+
+
+@LOW_PRECISION
+def test_mean_scale_under_autocast_rounds_no_worse_than_eager(dtype):
+    given = linear_tensors(dtype=torch.float32)
+    _, exact = run(mean_scaled_formula, **{name: t.double() for name, t in given.items()})
+    _, found = run(under_autocast(dtype, mean_scaled), **given)
+    _, eager = run(under_autocast(dtype, mean_scaled_formula), **given)
+    for name in given:
+        assert found[name].dtype == torch.float32
+        assert_no_worse(found[name], eager[name], exact[name])
+
+
+def test_mean_scale_takes_a_shared_code():
+    given = linear_tensors()
+    other = given["x"].transpose(-1, -2).contiguous().transpose(-1, -2)
+    shared = run(lambda **t: mean_scaled(**t, code=sign_code(other)), **given)
+    assert_same_bits(shared, run(mean_scaled, **given))
+
+
+def indicators(x: Tensor, **options) -> tuple[Tensor, Tensor]:
+    """Per row, of the activation that stands in and of what the update makes of it."""
+    h, r, gain = LinearASA(x.shape[-1], 2, **options).auxiliary(x)
+    return learning_indicator(h, r, start_dim=-1), learning_indicator(h, gain * r, start_dim=-1)
+
+
+def test_mean_scale_has_the_indicator_of_a_normal_distribution():
+    found, _ = indicators(torch.randn(50, 4000), scale="mean")
+    assert found.mean().item() == pytest.approx(2 / torch.pi, abs=0.01)
+
+
+@both_codes
+def test_mean_scale_has_a_larger_indicator_than_a_fixed_one(relu):
+    x = torch.randn(50, 64).clamp_min(0 if relu else -torch.inf)
+    mean, _ = indicators(x, scale="mean", relu=relu)
+    for fixed in indicators(x, relu=relu):
+        assert (mean > fixed).all()
+
+
+@both_codes
+@pytest.mark.parametrize("lead", [(33,), (3, 11)], ids=str)
+def test_no_multiple_of_the_code_has_a_larger_indicator_than_the_mean_scale(lead, relu):
+    x = torch.randn(*lead, 9, dtype=torch.double)
+    h, r, gain = LinearASA(9, 2, scale="mean", relu=relu, epsilon=EPSILON).auxiliary(x)
+    best = learning_indicator(h, gain * r, start_dim=-1)
+    for multiple in torch.linspace(-1, 4, 26):
+        other = learning_indicator(h, multiple * sign_of(x, relu), start_dim=-1)
+        assert (other <= best + 1e-12).all()
+
+
+@both_codes
+def test_auxiliary_of_a_mean_scale_is_what_the_weight_gradient_uses(relu):
+    layer = LinearASA(7, 4, scale="mean", relu=relu, epsilon=EPSILON, dtype=torch.double)
+    x = torch.randn(3, 5, 7, dtype=torch.double)
+    y = layer(x)
+    y.backward(cotangent_of(y))
+    _, r, gain = layer.auxiliary(x)
+    expected = gain * torch.einsum("ijd,ijc->dc", cotangent_of(y), r)
+    torch.testing.assert_close(layer.weight.grad, expected)
+
+
+def test_scale_is_shown():
+    assert "scale=mean" in repr(LinearASA(7, 4, scale="mean"))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LinearASA(7, 4, scale="median"),
+        lambda: linear_asa(torch.randn(3, 7), torch.randn(4, 7), scale="median"),
+    ],
+    ids=["layer", "function"],
+)
+def test_unknown_scale_is_refused(make):
+    with pytest.raises(ValueError, match="one of fixed, mean, got 'median'"):
+        make()
+
+
+@compiling
+def test_mean_scale_compiles_as_one_graph():
+    assert_compiles(LinearASA(7, 4, scale="mean"), torch.randn(3, 7))
