@@ -22,6 +22,7 @@ from typing import Any
 
 import mlp_mixer
 
+from aal.feed_forward import ACTIVATIONS
 from aal.training import command_line, patch_network
 from aal.training.command_line import Parser, fraction, positive_int
 from aal.training.recipe import Recipe
@@ -58,6 +59,7 @@ FIELDS = {  # of Architecture, by flag
     "hidden_c": "channel_width",
     "hidden_s": "token_width",
     "num_layers": "depth",
+    "activation": "activation",
     "dropout": "dropout",
 }
 
@@ -67,15 +69,17 @@ def add_sizes(parser: Parser) -> None:
 
     small = mlp_mixer.MODELS["mlp_mixer"]
 
-    def add(*flags: str, help: str, usual: float, type: Any = positive_int) -> None:
+    def add(*flags: str, help: str, usual: Any, type: Any = positive_int, **kwargs: Any) -> None:
         help = f"{help}; if not given, {usual} for mlp_mixer, as published for Mixer-*"
-        parser.add_argument(*flags, type=type, default=argparse.SUPPRESS, help=help)
+        parser.add_argument(*flags, type=type, default=argparse.SUPPRESS, help=help, **kwargs)
 
     add("--patch-size", help="pixels per side of a patch", usual=small.patch_size)
     add("--hidden-size", help="numbers per token", usual=small.width)
     add("--hidden-c", help="hidden units of the channel MLP", usual=small.channel_width)
     add("--hidden-s", help="hidden units of the token MLP", usual=small.token_width)
     add("--num-layers", help="blocks", usual=small.depth)
+    help = "activation function of an MLP"
+    add("--activation", help=help, usual=small.activation, type=str, choices=tuple(ACTIVATIONS))
     add("--dropout", "--drop-p", help="probability of dropout", usual=small.dropout, type=fraction)
     parser.add_switch("--is-cls-token", help="classify a class token, not the mean of the tokens")
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import vit
 
+from aal.feed_forward import ACTIVATIONS
 from aal.training import command_line, patch_network
 from aal.training.command_line import Parser, fraction, positive_int
 from aal.training.recipe import Recipe
@@ -54,6 +55,7 @@ FIELDS = {  # of Architecture, by flag
     "num_layers": "depth",
     "hidden": "width",
     "mlp_hidden": "mlp_width",
+    "activation": "activation",
     "dropout": "dropout",
     "attention_scale": "attention_scale",
 }
@@ -85,6 +87,8 @@ def add_sizes(parser: Parser) -> None:
     add("--num-layers", "blocks", small.depth, type=positive_int)
     add("--hidden", "numbers per token", small.width, type=positive_int)
     add("--mlp-hidden", "hidden units of an MLP", small.mlp_width, type=positive_int)
+    choices, help = tuple(ACTIVATIONS), "activation function of an MLP"
+    add("--activation", help, small.activation, choices=choices)
     add("--dropout", "probability of dropout", small.dropout, type=fraction)
     choices, help = ("head", "width"), "attention scores are divided by the square root of this"
     add("--attention-scale", help, small.attention_scale, choices=choices)

@@ -6,7 +6,7 @@ from aal.lean import Dropout, PackedReLU, activation_coded, replay
 from aal.method import Method
 from aal.rules.asa import LinearASA
 
-_ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
 
 class FeedForward(nn.Module):
@@ -45,17 +45,15 @@ class FeedForward(nn.Module):
         is_closed: bool = False,
     ):
         super().__init__()
-        if activation not in _ACTIVATIONS:
-            known = ", ".join(_ACTIVATIONS)
+        if activation not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
             raise ValueError(f"unknown activation {activation!r}; choose from {known}")
         self.method = method
         self.fc1 = method.linear(levels[0], width, hidden)
-        self.act = _ACTIVATIONS[activation]()
+        self.act = ACTIVATIONS[activation]()
         self.drop1 = nn.Dropout(dropout)
         self.fc2 = method.linear(levels[1], hidden, width, after=self.act)
-        closing = (
-            PackedReLU if method.is_lean and activation == "relu" else _ACTIVATIONS[activation]
-        )
+        closing = PackedReLU if method.is_lean and activation == "relu" else ACTIVATIONS[activation]
         self.act2 = closing() if is_closed else nn.Identity()
         self.drop2 = Dropout(dropout) if method.is_lean else nn.Dropout(dropout)
 

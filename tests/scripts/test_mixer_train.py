@@ -156,7 +156,7 @@ def test_the_flags_are_these(call: Callable):
     status, out, _ = call("MLP-Mixer/train.py", "--help")
     assert status == 0
     assert flags_of(out) == set(
-        """--help --model --model-type --patch-size --hidden-size --hidden-c --hidden-s
+        """--help --model --model-type --patch-size --hidden-size --hidden-c --hidden-s --activation
         --num-layers --dropout --drop-p --is-cls-token --learning-rule --lean --gcp --asa-scale
         --derivative --pretrained --pretrained-dir --name --dataset --data-path
         --imagenet-data-path --tiny-imagenet-data-path --img-size --image-size --autoaugment

@@ -120,8 +120,8 @@ def test_the_flags_are_these(call: Callable):
     assert status == 0
     assert flags_of(out) == set(
         """--help --model-type --model --patch --head --num-layers --hidden --mlp-hidden --dropout
-        --attention-scale --off-cls-token --learning-rule --lean --gcp --asa-scale --derivative
-        --pretrained --pretrained-dir --name --dataset --data-path --imagenet-data-path
+        --attention-scale --off-cls-token --activation --learning-rule --lean --gcp --asa-scale
+        --derivative --pretrained --pretrained-dir --name --dataset --data-path --imagenet-data-path
         --tiny-imagenet-data-path --img-size --image-size --autoaugment --cutmix --mixup
         --optimizer --lr --learning-rate --min-lr --scheduler --decay-type --gamma --warmup-epoch
         --warmup-epochs --warmup-steps --epochs --max-epochs --num-steps --eval-every --batch-size

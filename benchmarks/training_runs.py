@@ -1,0 +1,68 @@
+"""Train with the project's scripts, several seeds of several settings, and say how well it went."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from record import RESULTS
+
+ROOT = RESULTS.parent
+
+
+def train(script: str, flags: Sequence[str], output: Path) -> dict[str, Any]:
+    """One run, on one thread: test accuracy in per cent, saved MiB and file of indicators."""
+    command = [sys.executable, str(ROOT / script), *flags, "--output", str(output)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--device", "cpu"], check=True, env=environment)
+    (folder,) = output.iterdir()
+    last = (folder / "metrics.jsonl").read_text().splitlines()[-1]
+    return {
+        "accuracy": json.loads((folder / "test.json").read_text())["accuracy"],
+        "saved_mib": json.loads(last)["saved_mib"],
+        "indicators": next(folder.glob("*_li.npy"), None),
+    }
+
+
+def compare(
+    script: str, settings: Mapping[str, Sequence[str]], seeds: Sequence[int], place: Path
+) -> dict[str, dict[str, Any]]:
+    """Accuracy over the seeds of each setting, two runs at a time; run folders go to ``place``.
+
+    The median Learning Indicator is that of all layers, epochs and seeds.
+    """
+    names = [(name, seed) for name in settings for seed in seeds]
+
+    def run(number: int) -> dict[str, Any]:
+        name, seed = names[number]
+        return train(script, [*settings[name], "--seed", str(seed)], place / str(number))
+
+    with ThreadPoolExecutor(2) as pool:
+        results = dict(zip(names, pool.map(run, range(len(names))), strict=True))
+    return {name: _summary([results[name, seed] for seed in seeds]) for name in settings}
+
+
+def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    accuracies = [run["accuracy"] for run in runs]
+    row = {
+        "accuracy_mean": round(statistics.mean(accuracies), 2),
+        "accuracy_sd": round(statistics.stdev(accuracies), 2),
+        "accuracies": [round(accuracy, 2) for accuracy in accuracies],
+        "saved_mib": round(runs[0]["saved_mib"], 3),
+    }
+    files = [run["indicators"] for run in runs if run["indicators"] is not None]
+    if files:
+        values = np.concatenate([np.load(file).ravel() for file in files])
+        row["median_learning_indicator"] = round(float(np.nanmedian(values)), 4)
+    return row
+
+
+def temporary_folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="runs-")
