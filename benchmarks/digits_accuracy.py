@@ -6,16 +6,13 @@ Three epochs, three seeds, groups as long as the stages. Writes ``results/digits
 the picture of the first seed's Learning Indicators, ``results/digits_li.png``.
 """
 
-import json
-import statistics
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from record import RESULTS, record
+from training_runs import compare, temporary_folder
 
-ROOT = RESULTS.parent
 SEEDS = (0, 1, 2)
 COMMON = ["--dataset", "digits", "--model", "resnet18", "--epochs", "3", "--lr", "0.05"]
 STRIDE = ["--ARA-stride", "3", "2", "2", "1", "--get-li"]
@@ -27,34 +24,14 @@ RULES = {
 }
 
 
-def train(flags: list[str], output: Path) -> tuple[float, float, list[Path]]:
-    """Test accuracy in per cent, saved MiB, and the files of indicators."""
-    command = [sys.executable, str(ROOT / "ResNet" / "train.py"), *COMMON, *flags]
-    subprocess.run([*command, "--output", str(output)], check=True)
-    (folder,) = output.iterdir()
-    last = (folder / "metrics.jsonl").read_text().splitlines()[-1]
-    accuracy = json.loads((folder / "test.json").read_text())["accuracy"]
-    return accuracy, json.loads(last)["saved_mib"], list(folder.glob("*_li.npy"))
-
-
 def main() -> None:
-    rows, indicators = {}, []
-    with tempfile.TemporaryDirectory() as temporary:
-        for number, (name, flags) in enumerate(RULES.items()):
-            runs = [
-                train([*flags, "--seed", str(seed)], Path(temporary) / f"{number}-{seed}")
-                for seed in SEEDS
-            ]
-            accuracies = [accuracy for accuracy, _, _ in runs]
-            rows[name] = {
-                "accuracy_mean": round(statistics.mean(accuracies), 2),
-                "accuracy_sd": round(statistics.stdev(accuracies), 2),
-                "accuracies": [round(accuracy, 2) for accuracy in accuracies],
-                "saved_mib": round(runs[0][1], 1),
-            }
-            indicators += map(str, runs[0][2])
-        picture = ["--li_path", *indicators, "--output", str(RESULTS / "digits_li.png")]
-        subprocess.run([sys.executable, str(ROOT / "learning_indicator.py"), *picture], check=True)
+    settings = {name: [*COMMON, *flags] for name, flags in RULES.items()}
+    with temporary_folder() as folder:
+        rows = compare("ResNet/train.py", settings, SEEDS, Path(folder))
+        files = [str(file) for file in sorted(Path(folder).glob(f"*-{SEEDS[0]}/*/*_li.npy"))]
+        picture = ["--li_path", *files, "--output", str(RESULTS / "digits_li.png")]
+        script = RESULTS.parent / "learning_indicator.py"
+        subprocess.run([sys.executable, str(script), *picture], check=True)
     record("digits_accuracy", {"epochs": 3, "seeds": len(SEEDS), "rules": rows})
 
 

@@ -34,19 +34,23 @@ def train(script: str, flags: Sequence[str], output: Path) -> dict[str, Any]:
 def compare(
     script: str, settings: Mapping[str, Sequence[str]], seeds: Sequence[int], place: Path
 ) -> dict[str, dict[str, Any]]:
-    """Accuracy over the seeds of each setting, two runs at a time; run folders go to ``place``.
+    """Accuracy over the seeds of each setting, two runs at a time.
 
-    The median Learning Indicator is that of all layers, epochs and seeds.
+    Setting i with seed s leaves its run below ``place / "i-s"``. The median Learning Indicator is
+    that of all layers, epochs and seeds.
     """
-    names = [(name, seed) for name in settings for seed in seeds]
 
-    def run(number: int) -> dict[str, Any]:
-        name, seed = names[number]
-        return train(script, [*settings[name], "--seed", str(seed)], place / str(number))
+    def run(number: int, seed: int) -> dict[str, Any]:
+        flags = [*list(settings.values())[number], "--seed", str(seed)]
+        return train(script, flags, place / f"{number}-{seed}")
 
+    runs = [(number, seed) for number in range(len(settings)) for seed in seeds]
     with ThreadPoolExecutor(2) as pool:
-        results = dict(zip(names, pool.map(run, range(len(names))), strict=True))
-    return {name: _summary([results[name, seed] for seed in seeds]) for name in settings}
+        results = dict(zip(runs, pool.map(run, *zip(*runs, strict=True)), strict=True))
+    return {
+        name: _summary([results[number, seed] for seed in seeds])
+        for number, name in enumerate(settings)
+    }
 
 
 def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
