@@ -30,13 +30,18 @@ class Transpose(nn.Module):
         return x.transpose(1, 2)
 
 
-def operation_of(layer: nn.Module, x: Tensor, first: bool) -> tuple[Operation, Tensors]:
+def may_return_input(layer: nn.Module) -> bool:
+    """May the output of a layer be its input, or a view of it?"""
+    return isinstance(layer, nn.Dropout | Transpose)
+
+
+def operation_of(layer: nn.Module, x: Tensor, owns_input: bool) -> tuple[Operation, Tensors]:
     """What a layer computes, and its tensors.
 
     Args:
         layer: one of those that ``replay`` names.
         x: an input of the chain, for its dtype and device.
-        first: the layer is the first of its chain, whose input belongs to somebody else.
+        owns_input: the chain made the input of the layer, which may overwrite it.
 
     Raises:
         TypeError: a layer of another type.
@@ -60,7 +65,7 @@ def operation_of(layer: nn.Module, x: Tensor, first: bool) -> tuple[Operation, T
     if isinstance(layer, nn.Dropout):
         return _Dropout(layer.p if layer.training else 0.0), ()
     if (activation := activation_of(layer)) is not None:
-        return _Activation(activation, in_place=not first), ()
+        return _Activation(activation, in_place=owns_input), ()
     raise TypeError(
         f"cannot replay {layer}; a chain takes Conv2d, BatchNorm2d, MaxPool2d, LayerNorm, Linear, "
         "Dropout, ReLU, GELU, SiLU, Transpose and the linear layers of the rules"

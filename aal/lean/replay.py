@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from aal.lean.operations import operation_of
+from aal.lean.operations import may_return_input, operation_of
 from aal.ops.autocast import is_autocast_on
 from aal.ops.operation import Operation, Tensors
 
@@ -26,9 +26,11 @@ def replay(
     """Apply ``layers`` in turn and keep ``x`` alone; see ``ReplayFunction``.
 
     Args:
-        x: (N, C, H, W).
-        layers: ``nn.Conv2d`` (zero padding), ``nn.BatchNorm2d``, ``nn.ReLU`` and ``nn.MaxPool2d``
-            in any order. Their hooks are not called.
+        x: of the shape that the first layer takes.
+        layers: ``nn.Conv2d`` (zero padding), ``nn.BatchNorm2d``, ``nn.MaxPool2d``,
+            ``nn.LayerNorm``, ``nn.Linear``, ``LinearASA``, ``LinearABA``, ``nn.Dropout``,
+            ``nn.ReLU``, ``nn.GELU``, ``nn.SiLU`` and ``Transpose`` in any order. Their hooks are
+            not called.
         recompute: ``(module, *inputs)`` such that ``module(*inputs)`` is ``x``. The inputs are
             kept instead of ``x``, which pays where they are smaller or kept by somebody else.
 
@@ -39,7 +41,11 @@ def replay(
     Raises:
         TypeError: a layer of another type.
     """
-    pairs = [operation_of(layer, x, first=i == 0) for i, layer in enumerate(layers)]
+    pairs = []
+    owns_input = False  # may a layer overwrite its input?
+    for layer in layers:
+        pairs.append(operation_of(layer, x, owns_input))
+        owns_input |= not may_return_input(layer)
     operations, parameters = zip(*pairs, strict=True)
     recipe, sources = None, ()
     if recompute is not None:
@@ -56,17 +62,17 @@ def replay(
 
 
 class ReplayFunction(torch.autograd.Function):
-    """A chain of convolution, batch norm, ReLU and max pool that keeps its first input only.
+    """A chain of layers that keeps its first input only.
 
     Forward     y = layers[-1](... layers[0](x)), and the new running statistics of its batch norms
     Backward    computes the inputs of the later layers again, with the statistics of the forward
-                pass, and runs the stock backward of every layer on them: all gradients exact, and
-                bit-identical to those of the stock layers in float32 on the same device
+                pass, and runs the own backward of every layer on them: all gradients are those of
+                the layers, bit for bit in float32 on the same device
 
     Shapes      as the layers
     Saves       x, or what ``recompute`` makes it from; mean and 1 / standard deviation of each
-                batch norm; 4 bits per output of a max pool; parameters by reference. Stock layers
-                keep the input of every layer.
+                batch norm; 4 bits per output of a max pool; 1 bit per element of a dropout;
+                parameters by reference. Stock layers keep the input of every layer.
     Edge cases  batch norm in evaluation mode and frozen parameters as in PyTorch. No double
                 backward.
     """
@@ -112,11 +118,12 @@ class ReplayFunction(torch.autograd.Function):
         grads: list[Tensors] = [(None,) * number for number in chain.num_parameters]
         for i in reversed(range(lowest, len(operations))):
             needs_input = needs_x or i > lowest
+            x = inputs.pop()
             grad, grads[i] = operations[i].backward(
-                grad, inputs.pop(), parameters[i], kept[i], (needs_input, *needs[i])
+                grad, x, parameters[i], kept[i], (needs_input, *needs[i])
             )
-        grad_x = grad if needs_x else None
-        return None, grad_x, *(None,) * chain.num_sources, *sum(grads, ())
+            grad = grad.to(x.dtype) if needs_input else None  # autograd does so between layers
+        return None, grad if needs_x else None, *(None,) * chain.num_sources, *sum(grads, ())
 
 
 class _Recipe(NamedTuple):
