@@ -1,6 +1,7 @@
 """Activation functions that keep one or two bits per element instead of their input."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -68,8 +69,8 @@ def activation_coded(
         dropout: probability; 0 outside of training.
 
     Returns:
-        The result, and its signs for a layer under ASA to share, if the code holds them; see
-        ``CodedActivationFunction`` for what is exact.
+        The result, and its signs for a layer under ASA to share, if there is a code that holds
+        them; see ``CodedActivationFunction`` for what is exact.
 
     Raises:
         TypeError: another layer.
@@ -78,6 +79,8 @@ def activation_coded(
     if activation is None:
         raise TypeError(f"no code for the derivative of {layer}; use ReLU, GELU or SiLU")
     table = table_of(activation, derivative)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return F.dropout(layer(x), dropout), None
     y, signs = CodedActivationFunction.apply(x, activation, table, dropout)
     holds_sign = table is None or table.holds_sign
     return y, SignCode(signs, layout_in_rows(x.shape)) if holds_sign else None

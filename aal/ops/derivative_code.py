@@ -86,10 +86,14 @@ def multiply_by_derivative(grad: Tensor, planes: tuple[Tensor, ...], table: Tabl
         upper, *outer = (
             unpack_sign(plane[_bytes(piece)], layout, grad.dtype, low=0) for plane in planes
         )
-        if table is not None:
-            a, b, c, d = table.levels
-            far = upper * (d - c - a + b)
-            upper = upper.mul_(c - b).add_(b).add_(far.add_(a - b).mul_(outer[0]))
+        if table is None:  # not a product: of infinity it would be NaN where ReLU's gradient is 0
+            torch.ops.aten.threshold_backward.grad_input(
+                flat[piece], upper, 0, grad_input=result[piece]
+            )
+            continue
+        a, b, c, d = table.levels
+        far = upper * (d - c - a + b)
+        upper = upper.mul_(c - b).add_(b).add_(far.add_(a - b).mul_(outer[0]))
         torch.mul(flat[piece], upper, out=result[piece])
     return result.view(grad.shape)
 
