@@ -19,12 +19,17 @@ def read_archive(path: Path | str) -> dict[str, Tensor]:
         ValueError: no such file, or not an archive of real numbers.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: torch.from_numpy(np.float32(archive[name])) for name in archive.files}
+        # np.load leaves a file open that it cannot read, if it opened the file itself
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            return {name: _float32(archive[name]) for name in archive.files}
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}") from None
     except Exception as error:  # zipfile, zlib and NumPy raise many types for damaged files
         raise ValueError(f"{path} is not an archive of weights (.npz): {error}") from error
+
+
+def _float32(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array.astype(np.float32, casting="same_kind"))
 
 
 def linear_from(arrays: dict[str, Tensor], name: str, *, input_dims: int = 1) -> dict[str, Tensor]:

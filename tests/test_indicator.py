@@ -1,12 +1,15 @@
 """The Learning Indicator: closed form, bounds and axes."""
 
+import copy
+
 import pytest
 import torch
-from helpers import assert_no_worse
+from helpers import assert_no_worse, assert_same_bits, cotangent_of, train
 from torch import Tensor, nn
 
-from aal import Conv2dARA, LinearASA, learning_indicator
+from aal import Conv2dARA, LinearABA, LinearASA, learning_indicator
 from aal.indicator import IndicatorRecorder
+from aal.lean import Transpose, replay
 
 TOLERANCE = 1e-6  # what is added to the denominator
 
@@ -137,3 +140,108 @@ def test_backpropagation_stands_in_for_itself():
 def test_recorder_needs_a_layer_with_a_weight_gradient():
     with pytest.raises(ValueError, match="no layer has a weight gradient"):
         IndicatorRecorder(nn.ReLU())
+
+
+CHAINS = {
+    "asa": lambda: [nn.LayerNorm(7), LinearASA(7, 5), nn.GELU(), LinearASA(5, 4)],
+    "asa-mean": lambda: [LinearASA(7, 5), nn.ReLU(), LinearASA(5, 4, relu=True, scale="mean")],
+    "aba": lambda: [nn.LayerNorm(7), LinearABA(7, 5), nn.ReLU(), LinearABA(5, 4)],
+    "merged": lambda: [nn.LayerNorm(7), LinearABA(7, 6, projections=3)],
+    "tokens": lambda: [Transpose(), LinearABA(3, 5), nn.GELU(), LinearASA(5, 3), Transpose()],
+}
+every_chain = pytest.mark.parametrize("chain", CHAINS)
+
+
+class Lean(nn.Sequential):
+    """A chain as one module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return replay(x, *self)
+
+
+@every_chain
+def test_layers_of_a_chain_are_recorded_as_they_are_outside_of_one(chain):
+    layers = nn.Sequential(*CHAINS[chain]())
+    x, found = torch.randn(2, 3, 7), []
+    for model in (Lean(*copy.deepcopy(layers)), layers):
+        recorder = IndicatorRecorder(model)
+        with recorder.sampling():
+            model(x)
+        found.append(recorder.take())
+    assert not found[0].isnan().all(-1).any()  # no layer without a value
+    assert_same_bits(*found)
+
+
+@every_chain
+def test_recording_changes_no_bit_of_a_chain(chain):
+    model, x = Lean(*CHAINS[chain]()), torch.randn(2, 3, 7)
+    recorder = IndicatorRecorder(model)
+    with recorder.sampling():
+        recorded = train(model, x)
+    model.zero_grad()
+    assert_same_bits(recorded, train(model, x))
+
+
+@every_chain
+def test_replays_of_a_chain_are_not_recorded(chain):
+    model, x, found = Lean(*CHAINS[chain]()), torch.randn(2, 3, 7), []
+    for goes_backward in (True, False):
+        recorder = IndicatorRecorder(model)
+        with recorder.sampling():
+            y = model(x)
+            if goes_backward:
+                y.backward(cotangent_of(y))
+        found.append(recorder.take())
+    assert_same_bits(*found)
+
+
+def test_layer_of_which_a_chain_computes_its_input_again_is_recorded_once():
+    first, norm = LinearASA(7, 5), nn.LayerNorm(5)
+    recorder = IndicatorRecorder(nn.Sequential(first, norm))
+    x = torch.randn(2, 3, 7)
+    with recorder.sampling():
+        y = replay(first(x), norm, recompute=(first, x))
+        y.backward(cotangent_of(y))
+    assert recorder.take().shape == (2, 1, 6)
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("is_lean", [True, False], ids=["chain", "layers"])
+def test_what_autograd_does_not_record_is_not_recorded(is_lean, without):
+    model = (Lean if is_lean else nn.Sequential)(*CHAINS["asa"]()).eval()
+    recorder = IndicatorRecorder(model)
+    with recorder.sampling(), without():
+        model(torch.randn(2, 3, 7))
+    assert recorder.take().numel() == 0
+
+
+@pytest.mark.parametrize("is_lean", [True, False], ids=["chain", "layers"])
+def test_nothing_is_recorded_outside_of_samples(is_lean):
+    model = (Lean if is_lean else nn.Sequential)(*CHAINS["asa"]())
+    recorder = IndicatorRecorder(model)
+    with recorder.sampling():
+        pass
+    model(torch.randn(2, 3, 7))
+    assert recorder.take().numel() == 0
+
+
+def test_layers_are_left_alone_after_an_error():
+    model = Lean(*CHAINS["asa"]())
+    recorder = IndicatorRecorder(model)
+    with pytest.raises(RuntimeError), recorder.sampling():
+        model(torch.randn(2, 3, 8))
+    assert [layer.observer for layer in recorder.layers.values()] == [None, None]
+    recorder.take()
+    model(torch.randn(2, 3, 7))
+    assert recorder.take().numel() == 0
+
+
+def test_mean_scale_learns_from_a_better_stand_in():
+    x, medians = torch.randn(50, 64), {}
+    for scale in ("fixed", "mean"):
+        recorder = IndicatorRecorder(LinearASA(64, 2, scale=scale))
+        with recorder.sampling():
+            recorder.layers[""](x)
+        medians[scale] = recorder.summary(recorder.take())[""]["scaled_median"]
+    assert medians["mean"] == pytest.approx(2 / torch.pi, abs=0.02)
+    assert medians["mean"] > medians["fixed"]
