@@ -16,6 +16,9 @@ bench-cpu: setup
 	$(BIN)/python benchmarks/resnet_memory.py
 	$(BIN)/python benchmarks/resnet_speed.py
 	$(BIN)/python benchmarks/digits_accuracy.py
+	$(BIN)/python benchmarks/patch_memory.py
+	$(BIN)/python benchmarks/patch_speed.py
+	$(BIN)/python benchmarks/patch_accuracy.py
 
 # Installed anew only when the requirements have changed.
 setup:

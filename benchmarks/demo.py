@@ -2,8 +2,9 @@
 
     make demo
 
-Trains ResNet-18 on the bundled digits with backpropagation and with ARA and recomputation, scores
-the saved checkpoints with ``--model_path``, draws the Learning Indicator, and prints a table.
+Trains ResNet-18, a small ViT and a small MLP-Mixer on the bundled digits, each with backpropagation
+and with a rule that saves memory, scores the saved checkpoints with ``--model_path``, draws the
+Learning Indicators, and prints a table.
 """
 
 import json
@@ -14,19 +15,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "results" / "demo"
-COMMON = ["--dataset", "digits", "--model", "resnet18", "--epochs", "3", "--lr", "0.05"]
+RESNET = ["ResNet/train.py", *"--model resnet18 --epochs 3 --lr 0.05".split()]
+PATCHES = "--epochs 10 --warmup-epoch 1 --activation gelu".split()
+VIT = ["ViT/train.py", *"--patch 4 --hidden 64 --num-layers 3 --head 4".split(), *PATCHES]
+MIXER = ["MLP-Mixer/train.py", *"--patch-size 8 --hidden-size 64 --num-layers 4".split(), *PATCHES]
 RUNS = {
-    "bp": ["--learning-rule", "bp"],
-    "ara + gcp": [
-        "--learning-rule",
-        "ara",
-        "--ARA-stride",
-        "3",
-        "2",
-        "2",
-        "1",
-        "--gcp",
-        "--get-li",
+    "ResNet-18, bp": [*RESNET],
+    "ResNet-18, ara + gcp": [
+        *RESNET,
+        *"--learning-rule ara --ARA-stride 3 2 2 1 --gcp --get-li".split(),
+    ],
+    "ViT, bp": [*VIT],
+    "ViT, asa1, lean approx": [*VIT, *"--learning-rule asa1 --lean approx --get-li".split()],
+    "MLP-Mixer, bp": [*MIXER],
+    "MLP-Mixer, asa4, lean approx": [
+        *MIXER,
+        *"--learning-rule asa4 --lean approx --get-li".split(),
     ],
 }
 
@@ -42,23 +46,23 @@ def call(script: str, *arguments: str) -> str:
 
 def main() -> None:
     shutil.rmtree(OUTPUT, ignore_errors=True)
-    table = []
-    for number, (name, flags) in enumerate(RUNS.items()):
+    table, indicators = [], []
+    for number, (name, (script, *flags)) in enumerate(RUNS.items()):
         output = OUTPUT / str(number)
-        call("ResNet/train.py", *COMMON, *flags, "--output", str(output))
+        call(script, "--dataset", "digits", *flags, "--output", str(output))
         (folder,) = output.iterdir()
         rule = [flag for flag in flags if flag != "--get-li"]
-        call("ResNet/train.py", *COMMON, *rule, "--model_path", str(folder / "best.pth"))
+        call(script, "--dataset", "digits", *rule, "--model_path", str(folder / "best.pth"))
         epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         accuracy = json.loads((folder / "test.json").read_text())["accuracy"]
         seconds = sum(epoch["seconds"] for epoch in epochs) / len(epochs)
         table.append((name, accuracy, epochs[-1]["saved_mib"], seconds))
-        for indicators in folder.glob("*_li.npy"):
-            picture = str(OUTPUT / "learning_indicator.png")
-            call("learning_indicator.py", "--li_path", str(indicators), "--output", picture)
-    print(f"\n{'rule':10}  {'test accuracy %':>15}  {'saved MiB':>9}  {'s / epoch':>9}")
+        indicators += map(str, folder.glob("*_li.npy"))
+    picture = str(OUTPUT / "learning_indicator.png")
+    call("learning_indicator.py", "--li_path", *indicators, "--output", picture)
+    print(f"\n{'network, rule':28}  {'test accuracy %':>15}  {'saved MiB':>9}  {'s / epoch':>9}")
     for name, accuracy, saved, seconds in table:
-        print(f"{name:10}  {accuracy:15.2f}  {saved:9.1f}  {seconds:9.1f}")
+        print(f"{name:28}  {accuracy:15.2f}  {saved:9.1f}  {seconds:9.1f}")
 
 
 if __name__ == "__main__":

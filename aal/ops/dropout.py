@@ -17,7 +17,7 @@ def dropout(x: Tensor, probability: float) -> tuple[Tensor, Tensor]:
     """
     if x.is_cuda and probability < 1:
         y, mask = torch.native_dropout(x, probability, True)
-        return y, pack_sign(mask.contiguous())
+        return y, pack_sign(mask.contiguous().view(torch.uint8))
     if probability < 1:
         mask = torch.empty_like(x).bernoulli_(1 - probability)
     else:

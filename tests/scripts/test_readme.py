@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from scripts.conftest import SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -20,7 +21,7 @@ def test_its_python_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
     monkeypatch.chdir(ROOT)
     (tmp_path / "readme.py").write_text("\n".join(_blocks("python")))
     names = runpy.run_path(str(tmp_path / "readme.py"))
-    assert "load_weights" in names
+    assert "resnet" in names and names["y"].shape == (8, 65, 64)
     assert "LinearASA" in capsys.readouterr().out
 
 
@@ -32,24 +33,50 @@ def test_its_report_is_what_the_code_prints(monkeypatch: pytest.MonkeyPatch, tmp
     assert printed in _blocks("text")[0]
 
 
-def test_its_training_commands_run(train: Callable, tmp_path: Path):
-    commands = [
-        shlex.split(line)[2:]
-        for block in _blocks("sh")
-        for line in block.splitlines()
-        if line.startswith("python train.py")
-    ]
-    assert len(commands) == 2
+def _commands() -> list[tuple[str, list[str]]]:
+    """Folder and arguments of every ``python train.py``."""
+    found = []
+    for block in _blocks("sh"):
+        folder = ""
+        for line in block.splitlines():
+            if line.startswith("cd "):
+                folder = line.removeprefix("cd ").removeprefix("../")
+            elif line.startswith("python train.py"):
+                found.append((folder, shlex.split(line)[2:]))
+    return found
+
+
+SMALL_RESNET = "--model resnet18"
+FIXTURES = {"ResNet": "train", "ViT": "train_vit", "MLP-Mixer": "train_mixer"}
+
+
+@pytest.mark.parametrize("folder", FIXTURES)
+def test_its_commands_train_and_score(folder: str, request, tmp_path: Path):
+    train = request.getfixturevalue(FIXTURES[folder])
+    small = SMALL.get(f"{folder}/train.py", SMALL_RESNET).split()
+    shorter = ["--dataset", "tiny-imagenet", "--epochs", "1", *small]
+    commands = [words for name, words in _commands() if name == folder and "digits" in words]
     training, scoring = commands
-    data = ["--dataset", "tiny-imagenet", "--epochs", "1", "--model", "resnet18"]  # for speed
-    status, _, err = train(*training, *data)
+    status, _, err = train(*training, *shorter)
     assert status == 0, err
-    (folder,) = (tmp_path / "runs").iterdir()
+    (run,) = (tmp_path / "runs").iterdir()
     place = scoring.index("--model_path") + 1
-    scoring[place] = str(folder / Path(scoring[place]).name)
-    status, out, err = train(*scoring, *data)
+    assert Path(scoring[place]).parent.name == run.name or "--name" not in training
+    scoring[place] = str(run / Path(scoring[place]).name)
+    status, out, err = train(*scoring, *shorter)
     assert status == 0, err
     assert out.startswith("test accuracy")
+
+
+@pytest.mark.parametrize("folder", SMALL)
+def test_the_papers_commands_run_as_printed(
+    call: Callable, cifar10: Path, tmp_path: Path, folder: str
+):
+    (words,) = [w for name, w in _commands() if f"{name}/train.py" == folder and "c10" in w]
+    place = ["--device", "cpu", "--workers", "0", "--data-path", cifar10, "--output", tmp_path]
+    shorter = [*SMALL[folder].split(), "--epochs", "1", "--batch-size", "4"]
+    status, _, err = call(folder, *words, *place, *shorter)
+    assert (status, err) == (0, "")
 
 
 def test_its_make_targets_exist():
