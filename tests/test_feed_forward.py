@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_same_bits, train, under_autocast
+from helpers import assert_same_bits, cotangent_of, train, under_autocast
 from torch import Tensor, nn
 
 from aal import LinearABA, LinearASA
@@ -174,6 +174,40 @@ def test_approximate_modes_are_exact_with_relu(rule, gcp):
     lean.load_state_dict(model.state_dict())
     x = torch.randn(SHAPE)
     assert_same_bits(trained(lean, x), trained(model, x))
+
+
+FROZEN = ("norm.weight", "part.fc1.weight", "part.fc1.bias", "part.fc2.weight", "part.fc2.bias")
+
+
+@pytest.mark.parametrize("name", FROZEN)
+@rules_of_both_layers
+@pytest.mark.parametrize("method", LEAN_METHODS)
+def test_frozen_parameter_gets_no_gradient(method, rule, name):
+    model = WithNorm(part(rule, "off", "relu", dropout=0.3))
+    lean = WithNorm(part(rule, method, "relu", dropout=0.3))
+    lean.load_state_dict(model.state_dict())
+    for module in (lean, model):
+        module.get_parameter(name).requires_grad_(False)
+    x = torch.randn(SHAPE)
+    assert_same_bits(trained(lean, x), trained(model, x))
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@rules_of_both_layers
+@pytest.mark.parametrize("method", LEAN_METHODS)
+def test_second_layer_learns_alone(method, rule, activation):
+    model = WithNorm(part(rule, "off", activation, dropout=0.3))
+    lean = WithNorm(part(rule, method, activation, dropout=0.3))
+    lean.load_state_dict(model.state_dict())
+    x, found = torch.randn(SHAPE), []
+    for module in (lean, model):
+        module.norm.requires_grad_(False)
+        module.part.fc1.requires_grad_(False)
+        torch.manual_seed(3)
+        y = module(x)
+        y.backward(cotangent_of(y))
+        found.append([parameter.grad for parameter in module.parameters()])
+    assert_same_bits(*found)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "silu"])

@@ -207,8 +207,9 @@ def test_layer_of_which_a_chain_computes_its_input_again_is_recorded_once():
 
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("is_lean", [True, False], ids=["chain", "layers"])
-def test_what_autograd_does_not_record_is_not_recorded(is_lean, without):
-    model = (Lean if is_lean else nn.Sequential)(*CHAINS["asa"]()).eval()
+@every_chain
+def test_what_autograd_does_not_record_is_not_recorded(chain, is_lean, without):
+    model = (Lean if is_lean else nn.Sequential)(*CHAINS[chain]()).eval()
     recorder = IndicatorRecorder(model)
     with recorder.sampling(), without():
         model(torch.randn(2, 3, 7))

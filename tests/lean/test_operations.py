@@ -127,6 +127,12 @@ def test_every_bit_is_that_of_the_layers_one_by_one(chain, training, device):
     assert_trains_alike(lean_copy(layers), layers, torch.randn(SHAPE, device=device))
 
 
+@pytest.mark.parametrize("chain", ["asa-relu", "asa-mean", "aba", "feed-forward"])
+def test_every_bit_is_that_of_the_layers_one_by_one_across_tiles(chain):
+    layers = stock(chain)
+    assert_trains_alike(lean_copy(layers), layers, torch.randn(3, 2**17 // 9, 7))
+
+
 @every_chain
 def test_float64_is_that_of_the_layers_one_by_one(chain):
     layers = stock(chain).double()
