@@ -25,7 +25,8 @@ def read_archive(path: Path | str) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}") from None
     except Exception as error:  # zipfile, zlib and NumPy raise many types for damaged files
-        raise ValueError(f"{path} is not an archive of weights (.npz): {error}") from error
+        # Their text is left out: NumPy's advises to load what may run code.
+        raise ValueError(f"{path} is damaged or not an archive of real numbers (.npz)") from error
 
 
 def _float32(array: np.ndarray) -> Tensor:

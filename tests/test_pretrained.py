@@ -102,7 +102,7 @@ BROKEN = (
 def test_file_that_is_no_archive_of_numbers_is_refused_by_name(tmp_path, write):
     path = tmp_path / "weights.npz"
     write(path)
-    message = re.escape(f"{path} is not an archive of weights (.npz): ")
+    message = re.escape(f"{path} is damaged or not an archive of real numbers (.npz)")
     with pytest.raises(ValueError, match=message):
         read_archive(path)
 
