@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from helpers import assert_same_bits
 from torch import Tensor, nn
 
-from aal.pretrained import convolution_from, linear_from, norm_from, prefixed, read_archive
+from aal.pretrained import (
+    convolution_from,
+    linear_from,
+    norm_from,
+    prefixed,
+    read_archive,
+    refuse_rest,
+)
 
 
 def archive(path: Path, **arrays) -> Path:
@@ -177,3 +184,30 @@ def test_missing_array_is_named(read, names):
         rest = {other: array for other, array in arrays.items() if other != f"block/{name}"}
         with pytest.raises(ValueError, match=f"the archive lacks block/{name}"):
             read(rest, "block")
+
+
+@pytest.mark.parametrize(
+    ("read", "names"),
+    [
+        (linear_from, ("kernel", "bias")),
+        (convolution_from, ("kernel", "bias")),
+        (norm_from, ("scale", "bias")),
+    ],
+    ids=["linear", "convolution", "norm"],
+)
+def test_arrays_that_are_taken_leave_the_archive(read, names):
+    arrays = {f"block/{name}": torch.randn(2, 2, 2, 2) for name in (*names, "other")}
+    read(arrays, "block")
+    assert arrays.keys() == {"block/other"}
+
+
+def test_arrays_that_nobody_took_are_refused():
+    arrays = dict.fromkeys(("head/bias", "pre_logits/bias", "b/scale", "a/scale"), torch.ones(1))
+    with pytest.raises(ValueError, match=r"the archive has unknown a/scale \(2 in all\)"):
+        refuse_rest(arrays)
+
+
+def test_head_may_be_left_in_the_archive():
+    arrays = {"head/kernel": torch.ones(1), "pre_logits/bias": torch.ones(1)}
+    refuse_rest(arrays)
+    assert len(arrays) == 2
