@@ -64,7 +64,8 @@ class FeedForward(nn.Module):
         if self.method.gcp and self.method.lean == "exact":
             y = replay(x, *before, self.fc1, self.act, self.drop1, self.fc2)
         else:
-            y = self._second_half(replay(x, *before, self.fc1))
+            # Alone, fc1 keeps less than a chain if it has a rule, and the same if not.
+            y = self._second_half(replay(x, *before, self.fc1) if before else self.fc1(x))
         return self.drop2(self.act2(y))
 
     def stock_forward(self, x: Tensor, *before: nn.Module) -> Tensor:

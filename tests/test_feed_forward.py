@@ -321,3 +321,11 @@ def test_last_dropout_keeps_bits_in_lean_modes(method, kind):
 def test_unknown_activation_is_refused():
     with pytest.raises(ValueError, match="unknown activation 'tanh'; choose from relu, gelu, silu"):
         part("bp", "off", "tanh")
+
+
+@pytest.mark.parametrize(("rule", "bits"), [("bp", 32), ("asa2", 1), ("aba2", 0)])
+def test_without_a_norm_the_first_layer_keeps_what_its_rule_needs(rule, bits):
+    x = torch.randn(2, 8, 16, requires_grad=True)
+    part = FeedForward(16, 32, "gelu", Method(rule, "approx")).train()
+    second = 2 * 8 * 32 * (2 + (32 if rule == "bp" else 0)) // 8
+    assert saved_bytes(lambda: part(x.clone())) == x.numel() * bits // 8 + second
