@@ -293,8 +293,8 @@ def test_every_auxiliary_layer_is_recorded_alike_in_every_mode(kind, rule, mode)
 @kinds
 @pytest.mark.parametrize(
     "options",
-    [{"rule": "asa4"}, {"rule": "aba4", **EXACT}, {"rule": "asa1", **APPROX}],
-    ids=["asa4", "aba4-exact", "asa1-approx"],
+    [{"rule": "asa4"}, {"rule": "aba4", **EXACT}, {"rule": "asa1", **APPROX}, GCP],
+    ids=["asa4", "aba4-exact", "asa1-approx", "bp-gcp"],
 )
 def test_compiles_as_one_graph(kind, options):
     assert_compiles(small(kind, GELU[kind], dropout=0.0, **options), images())
