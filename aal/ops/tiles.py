@@ -1,4 +1,4 @@
-"""Cutting a tensor into pieces that fit the cache of a CPU core.
+"""Cutting a tensor into pieces that fit the caches of the CPU's cores.
 
 Made, used and forgotten there, a temporary costs little; as a whole tensor its passes through
 memory cost a CPU more than the arithmetic in them.
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-_TILE = 2**18  # elements: 1 MiB in float32
+_TILE = 2**17  # elements per thread: half a MiB in float32
 
 
 def tiles(count: int, columns: int, device: torch.device) -> Iterator[slice]:
@@ -20,6 +20,6 @@ def tiles(count: int, columns: int, device: torch.device) -> Iterator[slice]:
     """
     size = count
     if device.type == "cpu" and not torch.compiler.is_compiling():
-        size = max(8, _TILE // max(columns, 1) // 8 * 8)
+        size = max(8, _TILE * torch.get_num_threads() // max(columns, 1) // 8 * 8)
     for start in range(0, count, max(size, 1)):
         yield slice(start, min(start + size, count))

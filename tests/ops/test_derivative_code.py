@@ -28,7 +28,7 @@ every_table = pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 every_table_and_none = pytest.mark.parametrize(
     "table", [*TABLES.values(), None], ids=[*TABLES, "relu"]
 )
-TILE = 2**18  # elements
+TILE = 2**17  # elements of one thread
 SIZES = [0, 1, 7, 8, 9, TILE - 1, TILE, TILE + 1, 2 * TILE + 9]
 
 
