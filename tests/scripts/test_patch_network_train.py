@@ -219,7 +219,7 @@ BAD_COMMANDS = {
     "folder above": (("--name", ".."), "--name"),
     "missing checkpoint": (("--model_path", "nowhere.pth"), "nowhere.pth"),
     "missing weights": (("--pretrained", "nowhere.npz"), "nowhere.npz"),
-    "weights that are none": (("--pretrained", __file__), "test_patch_networks.py"),
+    "weights that are none": (("--pretrained", __file__), Path(__file__).name),
     "nothing to resume": (("--resume",), "nothing to resume"),
     "missing data": (("--data-path", "nowhere"), "nowhere"),
     "long name": (("--name", "x" * 300), "xxx"),
