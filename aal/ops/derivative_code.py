@@ -8,9 +8,12 @@ input, and of the output of GELU, SiLU and ReLU, which is all that a layer under
 The derivative of ReLU is told exactly by the first plane alone.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from aal.ops.activation import Activation
@@ -82,20 +85,41 @@ def multiply_by_derivative(grad: Tensor, planes: tuple[Tensor, ...], table: Tabl
     flat = grad.contiguous().view(-1)
     result = torch.empty_like(flat)
     for piece in tiles(flat.numel(), 1, flat.device):
-        layout = layout_in_rows(flat[piece].shape)
-        upper, *outer = (
-            unpack_sign(plane[_bytes(piece)], layout, grad.dtype, low=0) for plane in planes
-        )
+        own, out = [plane[_bytes(piece)] for plane in planes], result[piece]
         if table is None:  # not a product: of infinity it would be NaN where ReLU's gradient is 0
-            torch.ops.aten.threshold_backward.grad_input(
-                flat[piece], upper, 0, grad_input=result[piece]
-            )
-            continue
-        a, b, c, d = table.levels
-        far = upper * (d - c - a + b)
-        upper = upper.mul_(c - b).add_(b).add_(far.add_(a - b).mul_(outer[0]))
-        torch.mul(flat[piece], upper, out=result[piece])
+            layout = layout_in_rows(out.shape)
+            positive = unpack_sign(*own, layout, grad.dtype, low=0)
+            torch.ops.aten.threshold_backward.grad_input(flat[piece], positive, 0, grad_input=out)
+        else:
+            levels = _unpack_levels(*own, out.numel(), grad.dtype, table.levels)
+            torch.mul(flat[piece], levels, out=out)
     return result.view(grad.shape)
+
+
+@torch.library.custom_op("aal::unpack_levels", mutates_args=())
+def _unpack_levels(
+    upper: Tensor, outer: Tensor, numel: int, dtype: torch.dtype, levels: Sequence[float]
+) -> Tensor:
+    """The level of each element: half a byte of each plane makes an index into a table."""
+    first = (upper & 15) | (outer & 15) << 4
+    second = upper >> 4 | (outer & 240)
+    codes = torch.stack([first, second], dim=1).view(-1)
+    table = _level_table(tuple(levels), dtype, upper.device)
+    return F.embedding(codes.int(), table).view(dtype).view(-1)[:numel]
+
+
+@_unpack_levels.register_fake
+def _(upper, outer, numel: int, dtype: torch.dtype, levels: Sequence[float]) -> Tensor:
+    return upper.new_empty(numel, dtype=dtype)
+
+
+@functools.cache
+def _level_table(levels: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The levels of four elements for every index; seen as float64, a gather moves wide words."""
+    codes, bits = torch.arange(256, device=device)[:, None], torch.arange(4, device=device)
+    upper, outer = codes >> bits & 1, codes >> (bits + 4) & 1
+    steps = torch.where(upper == 1, 2 + outer, 1 - outer)
+    return torch.tensor(levels, dtype=dtype, device=device)[steps].view(torch.float64)
 
 
 def _bytes(piece: slice) -> slice:

@@ -28,7 +28,7 @@ every_table = pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 every_table_and_none = pytest.mark.parametrize(
     "table", [*TABLES.values(), None], ids=[*TABLES, "relu"]
 )
-TILE = 2**17  # elements of one thread
+TILE = 2**18  # elements of one thread
 SIZES = [0, 1, 7, 8, 9, TILE - 1, TILE, TILE + 1, 2 * TILE + 9]
 
 
@@ -195,3 +195,11 @@ def test_relu_needs_no_table(derivative):
 def test_unknown_derivative_is_refused():
     with pytest.raises(ValueError, match="one of fitted, published, got 'exact'"):
         table_of(Activation("gelu"), "exact")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("numel", [1, 8, 13])
+def test_levels_obey_the_rules_of_custom_operators(numel, dtype, device):
+    planes = encode_derivative(torch.randn(numel, device=device), DERIVATIVES["fitted"]["gelu"])
+    levels = list(DERIVATIVES["fitted"]["gelu"].levels)
+    torch.library.opcheck(torch.ops.aal.unpack_levels.default, (*planes, numel, dtype, levels))

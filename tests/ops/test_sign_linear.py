@@ -10,8 +10,8 @@ from aal.ops.sign_pack import pack_sign
 
 EPSILON = 0.25
 
-# Rows and columns. A tile is 2**17 elements per CPU thread, but eight rows at least.
-SIZES = [(0, 5), (1, 7), (8, 8), (9, 9), (256, 512), (257, 512), (29_121, 9), (17, 2**14 + 1)]
+# Rows and columns. A tile is 2**18 elements per CPU thread, but eight rows at least.
+SIZES = [(0, 5), (1, 7), (8, 8), (9, 9), (512, 512), (513, 512), (29_121, 9), (17, 2**15 + 1)]
 every_size = pytest.mark.parametrize(("rows", "columns"), SIZES)
 both_codes = pytest.mark.parametrize("low", [-1, 0])
 

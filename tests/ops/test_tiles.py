@@ -6,7 +6,7 @@ import torch
 from aal.ops.tiles import tiles
 
 CPU = torch.device("cpu")
-SIZES = [(0, 3), (1, 7), (8, 1), (9, 2**17), (17, 2**15 + 1), (513, 512), (29_121, 9), (2**17, 1)]
+SIZES = [(0, 3), (1, 7), (8, 1), (9, 2**18), (17, 2**15 + 1), (513, 512), (29_121, 9), (2**18, 1)]
 every_size = pytest.mark.parametrize(("count", "columns"), SIZES)
 
 
@@ -25,7 +25,7 @@ def test_tiles_but_the_last_end_at_whole_bytes_of_bits(count, columns):
 
 @pytest.mark.parametrize(
     ("count", "columns", "number"),
-    [(256, 512, 1), (257, 512, 2), (9, 2**17, 2), (8, 2**20, 1), (2**17, 1, 1), (2**17 + 1, 1, 2)],
+    [(512, 512, 1), (513, 512, 2), (9, 2**18, 2), (8, 2**20, 1), (2**18, 1, 1), (2**18 + 1, 1, 2)],
 )
 def test_a_tile_fits_the_cache_but_has_eight_rows(count, columns, number):
     assert len(list(tiles(count, columns, CPU))) == number
@@ -35,8 +35,8 @@ def test_every_thread_has_its_share_of_a_tile():
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2 * threads)
-        assert len(list(tiles(2**18 * threads, 1, CPU))) == 1
-        assert len(list(tiles(2**18 * threads + 1, 1, CPU))) == 2
+        assert len(list(tiles(2**19 * threads, 1, CPU))) == 1
+        assert len(list(tiles(2**19 * threads + 1, 1, CPU))) == 2
     finally:
         torch.set_num_threads(threads)
 
