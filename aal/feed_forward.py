@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from aal.lean import Dropout, PackedReLU, activation_coded, replay
+from aal.lean import CodedActivation, Dropout, PackedReLU, activation_coded, replay
 from aal.method import Method
 from aal.rules.asa import LinearASA
 
@@ -23,6 +23,9 @@ class FeedForward(nn.Module):
     lean approx   the input of the layers before fc1, a code of 2 bits (ReLU: 1), which
                   is also all that fc2 under ASA keeps; fc2's input under bp
     ============  ===================================================================
+
+    Each dropout adds its mask, 1 bit per value in the lean modes. A second activation function
+    adds its input; 1 bit for ReLU in the lean modes, 2 for others under lean approx.
 
     Args:
         width, hidden: features of input and output, and between the layers.
@@ -53,9 +56,16 @@ class FeedForward(nn.Module):
         self.act = ACTIVATIONS[activation]()
         self.drop1 = nn.Dropout(dropout)
         self.fc2 = method.linear(levels[1], hidden, width, after=self.act)
-        closing = PackedReLU if method.is_lean and activation == "relu" else ACTIVATIONS[activation]
-        self.act2 = closing() if is_closed else nn.Identity()
+        self.act2 = self._closing(activation) if is_closed else nn.Identity()
         self.drop2 = Dropout(dropout) if method.is_lean else nn.Dropout(dropout)
+
+    def _closing(self, activation: str) -> nn.Module:
+        if self.method.is_lean and activation == "relu":
+            return PackedReLU()
+        stock = ACTIVATIONS[activation]()
+        if self.method.lean == "approx":
+            return CodedActivation(stock, self.method.derivative)
+        return stock
 
     def forward(self, x: Tensor, *before: nn.Module) -> Tensor:
         """Apply the layers ``before`` fc1 (a norm), whose output need not be kept, and the rest."""

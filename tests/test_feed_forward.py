@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from aal import LinearABA, LinearASA
 from aal.feed_forward import FeedForward
-from aal.lean import Dropout, PackedReLU, Transpose
+from aal.lean import CodedActivation, Dropout, PackedReLU, Transpose
 from aal.memory import saved_bytes
 from aal.method import Method
 from aal.rules.placement import RULES
@@ -305,6 +305,7 @@ def test_merged_vectors_are_no_business_of_a_feed_forward_part():
         ("exact", "relu", True, PackedReLU),
         ("approx", "relu", True, PackedReLU),
         ("exact", "gelu", True, nn.GELU),
+        ("approx", "gelu", True, CodedActivation),
     ],
 )
 def test_closing_activation_is_the_one_that_keeps_least(method, activation, is_closed, kind):

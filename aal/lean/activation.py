@@ -75,15 +75,20 @@ def activation_coded(
     Raises:
         TypeError: another layer.
     """
-    activation = activation_of(layer)
-    if activation is None:
-        raise TypeError(f"no code for the derivative of {layer}; use ReLU, GELU or SiLU")
-    table = table_of(activation, derivative)
+    activation, table = _coded(layer, derivative)
     if not (torch.is_grad_enabled() and x.requires_grad):
-        return F.dropout(layer(x), dropout), None
+        return F.dropout(activation.forward(x), dropout), None
     y, signs = CodedActivationFunction.apply(x, activation, table, dropout)
     holds_sign = table is None or table.holds_sign
     return y, SignCode(signs, layout_in_rows(x.shape)) if holds_sign else None
+
+
+def _coded(layer: nn.Module, derivative: str) -> tuple[Activation, Table | None]:
+    """What a layer computes, and the steps of its derivative."""
+    activation = activation_of(layer)
+    if activation is None:
+        raise TypeError(f"no code for the derivative of {layer}; use ReLU, GELU or SiLU")
+    return activation, table_of(activation, derivative)
 
 
 class CodedActivation(nn.Module):
@@ -96,6 +101,7 @@ class CodedActivation(nn.Module):
 
     def __init__(self, layer: nn.Module, derivative: str = "fitted"):
         super().__init__()
+        _coded(layer, derivative)  # refuses what has no code
         self.layer, self.derivative = layer, derivative
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from aal.lean.dropout import Dropout
 from aal.lean.pool import max_pool, max_pool_backward, window_of
 from aal.ops.activation import Activation, activation_of
 from aal.ops.autocast import cast, cast_input
@@ -62,7 +63,7 @@ def operation_of(layer: nn.Module, x: Tensor, owns_input: bool) -> tuple[Operati
         return _Linear(), (layer.weight, layer.bias)
     if kind is Transpose:
         return _Transpose(), ()
-    if isinstance(layer, nn.Dropout):
+    if kind in (nn.Dropout, Dropout):
         return _Dropout(layer.p if layer.training else 0.0), ()
     if (activation := activation_of(layer)) is not None:
         return _Activation(activation, in_place=owns_input), ()
@@ -145,7 +146,8 @@ class _LayerNorm(NamedTuple):
         return y, tuple(statistics)
 
     def backward(self, grad, x, parameters, kept, needs) -> tuple[Tensor | None, Tensors]:
-        statistics = kept or self.replay(x, parameters, kept)[1]  # none from a last operation
+        # A last operation was not replayed. Its result has the dtype that it was computed in.
+        statistics = kept or self.replay(x.to(grad.dtype), parameters, kept)[1]
         grad_x, *grads = layer_norm_backward(grad, x, self.shape, *parameters, *statistics, needs)
         return grad_x, tuple(grads)
 

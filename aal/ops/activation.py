@@ -31,9 +31,10 @@ class Activation(NamedTuple):
 
 
 def activation_of(layer: nn.Module) -> Activation | None:
-    """The function of a layer of PyTorch, or None if it is not one of these."""
-    if isinstance(layer, nn.GELU):
+    """The function of a layer of PyTorch, or None if it is not one of these exactly."""
+    kind = type(layer)
+    if kind is nn.GELU:
         return Activation("gelu_tanh" if layer.approximate == "tanh" else "gelu")
-    if isinstance(layer, nn.ReLU):
+    if kind is nn.ReLU:
         return Activation("relu")
-    return Activation("silu") if isinstance(layer, nn.SiLU) else None
+    return Activation("silu") if kind is nn.SiLU else None

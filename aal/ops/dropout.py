@@ -30,7 +30,9 @@ def dropout_again(x: Tensor, probability: float, packed: Tensor) -> Tensor:
     """What ``dropout`` returned for x, bit for bit."""
     mask = unpack_sign(packed, layout_in_rows(x.shape), x.dtype, low=0)
     if x.is_cuda and probability < 1:
-        return x * mask * (1 / (1 - probability))  # as native_dropout rounds
+        # native_dropout rounds the share that is let through to its accumulator's type.
+        share = torch.tensor(1 - probability, dtype=torch.promote_types(x.dtype, torch.float32))
+        return x * mask * (1 / share.item())
     return x * _scaled(mask, probability)
 
 

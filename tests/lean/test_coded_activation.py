@@ -286,3 +286,28 @@ def test_unknown_derivative_is_refused(learns):
 def test_every_table_belongs_to_a_layer():
     names = {activation_of(layer).name for layer in LAYERS.values()}
     assert {name for tables in DERIVATIVES.values() for name in tables} == names - {"relu"}
+
+
+class Doubled(nn.GELU):
+    """Another function than its base."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("layer", [Doubled(), nn.Tanh()], ids=["subclass", "tanh"])
+def test_layer_is_refused_when_it_is_wrapped(layer):
+    with pytest.raises(TypeError, match="no code for the derivative of"):
+        CodedActivation(layer)
+
+
+def test_unknown_derivative_is_refused_when_the_layer_is_made():
+    with pytest.raises(ValueError, match="derivative must be one of fitted, published"):
+        CodedActivation(nn.GELU(), "steep")
+
+
+@pytest.mark.parametrize("learns", [True, False], ids=["grad", "no-grad"])
+def test_input_is_left_alone_by_a_layer_that_works_in_place(learns):
+    x = torch.tensor([-1.0, 2.0], requires_grad=learns)
+    y, _ = activation_coded(x, nn.ReLU(inplace=True))
+    assert_same_bits((x.detach(), y.detach()), (torch.tensor([-1.0, 2]), torch.tensor([0.0, 2])))

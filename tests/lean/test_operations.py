@@ -270,3 +270,28 @@ def test_compiles_as_one_graph(chain):
 def test_transpose_swaps_dimensions_one_and_two():
     x = torch.randn(2, 3, 5, 7)
     assert_same_bits(Transpose()(x), x.transpose(1, 2))
+
+
+class HalfDropout(nn.Dropout):
+    """Another function than its base."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+@pytest.mark.parametrize(
+    "kind", [HalfDropout, type("Own", (nn.GELU,), {})], ids=lambda k: k.__name__
+)
+def test_subclass_that_may_compute_something_else_is_refused(kind):
+    with pytest.raises(TypeError, match="cannot replay"):
+        replay(torch.randn(2, 3), kind())
+
+
+def test_lean_dropout_is_replayed_as_that_of_torch():
+    linear, x = nn.Linear(5, 4), torch.randn(3, 5)
+    found = []
+    for dropout in (nn.Dropout(0.4), Dropout(0.4)):
+        torch.manual_seed(1)
+        found.append(train(linear, x, lambda x, dropout=dropout: replay(x, dropout, linear)))
+        linear.zero_grad()
+    assert_same_bits(found[1], found[0])
