@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,6 +54,14 @@ class Worker:
         dist.all_gather(parts, values.contiguous())
         return torch.cat(parts, dim=-1)
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        """One value from every process, in their order."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
 
 def parse_devices(words: Sequence[str] | None) -> list[torch.device]:
     """Turn ``--device`` into devices: GPU indices, "cpu" (once per process), or nothing.
@@ -89,6 +98,8 @@ def num_processes(devices: Sequence[torch.device]) -> int:
     """
     if not is_launched():
         return len(devices)
+    if not all(os.environ[name].isdecimal() for name in ("RANK", "WORLD_SIZE")):
+        raise UserError("RANK and WORLD_SIZE, which start one of several processes, are no numbers")
     count = int(os.environ["WORLD_SIZE"])
     if len(devices) not in (1, int(os.environ.get("LOCAL_WORLD_SIZE", count))):
         raise UserError(

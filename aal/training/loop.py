@@ -102,7 +102,10 @@ class Trainer:
         return means | {"seconds": seconds, "samples_per_s": means.pop("samples") / seconds}
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next step depends on, apart from data and configuration."""
+        """Everything that the next step depends on, apart from data and configuration.
+
+        Takes part in every process, each of which has a random state of its own.
+        """
         rng = {"cpu": torch.get_rng_state()}
         if self.worker.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.worker.device)
@@ -110,21 +113,22 @@ class Trainer:
             "model": self._bare_model().state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "rng": rng,
+            "rng": self.worker.gather_objects(rng),
             "step": self.step,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from a ``state()``."""
+        """Continue from a ``state()``; with another number of processes, each draws its own."""
         self._bare_model().load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
-        if not self.worker.is_main:
-            return  # the random state is the first process's; the others draw their own
-        torch.set_rng_state(state["rng"]["cpu"])
-        if self.worker.device.type == "cuda" and "cuda" in state["rng"]:
-            torch.cuda.set_rng_state(state["rng"]["cuda"], self.worker.device)
+        if len(state["rng"]) != self.worker.world_size:
+            return
+        rng = state["rng"][self.worker.rank]
+        torch.set_rng_state(rng["cpu"])
+        if self.worker.device.type == "cuda" and "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"], self.worker.device)
 
     def _backward(self, images: Tensor, labels: Tensor, sampled: bool, totals: "_Totals") -> Tensor:
         """Add the gradient of a batch's mean loss, part by part; returns that loss."""

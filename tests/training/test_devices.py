@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from aal.training.command_line import UserError
-from aal.training.devices import parse_devices
+from aal.training.devices import num_processes, parse_devices
 
 
 def test_cpu_may_be_named_once_per_process():
@@ -21,6 +21,14 @@ def test_nothing_means_the_first_gpu_or_the_cpu():
 def test_other_words_are_refused(words: list[str]):
     with pytest.raises(UserError, match="--device"):
         parse_devices(words)
+
+
+def test_processes_without_a_number_are_refused(monkeypatch: pytest.MonkeyPatch):
+    place = {"RANK": "0", "WORLD_SIZE": "x", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="are no numbers"):
+        num_processes([torch.device("cpu")])
 
 
 @pytest.mark.gpu

@@ -66,3 +66,10 @@ def test_step_falls_at_half_and_three_quarters_or_every_so_many_epochs():
     assert rate(0) == rate(59) == 0.1
     assert rate(60) == rate(119) == pytest.approx(0.01)
     assert rate(120) == rate(179) == pytest.approx(0.001)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("warmup", [0, 1, 2])
+def test_steps_behind_the_last_have_a_rate_too(scheduler, warmup):
+    rates = [learning_rate(scheduler, i, steps=1, peak=0.1, warmup=warmup) for i in range(4)]
+    assert rates[0] == pytest.approx(0.1) and all(0 <= rate <= 0.1 for rate in rates)
