@@ -33,7 +33,8 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{path}: {describe(values)}")
         save(args.li_path, samples, args.output, args.show)
     except ValueError as error:
-        print(f"learning_indicator.py: error: {error}", file=sys.stderr)
+        one_line = " ".join(str(error).split())
+        print(f"learning_indicator.py: error: {one_line}", file=sys.stderr)
         return 2
     return 0
 
@@ -78,7 +79,7 @@ def load(path: Path) -> np.ndarray:
         values = values.astype(np.float64).ravel()
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}; train with --get-li to make one") from None
-    except (OSError, ValueError, TypeError, EOFError) as error:
+    except Exception as error:  # zipfile, tokenize and NumPy raise many types for damaged files
         raise ValueError(f"{path} is not an array of indicators: {error}") from error
     values = values[np.isfinite(values) & (np.abs(values) < 1e100)]
     if not values.size:

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from aal.feed_forward import FeedForward
 from aal.lean import Transpose
-from aal.method import LEAN, Method
-from aal.ops.derivative_code import DERIVATIVES
+from aal.method import Method
 from aal.patch_embedding import PatchEmbedding
 from aal.pretrained import (
     convolution_from,
@@ -30,22 +29,7 @@ from aal.pretrained import (
     read_archive,
     refuse_rest,
 )
-from aal.rules.asa import SCALES as ASA_SCALES
-from aal.rules.placement import RULES
 from aal.rules.weights import load_weights
-
-__all__ = [
-    "ASA_SCALES",
-    "DERIVATIVES",
-    "LEAN",
-    "MODELS",
-    "RULES",
-    "Architecture",
-    "MLPMixer",
-    "build",
-    "load_pretrained",
-    "load_weights",
-]
 
 
 @dataclass(frozen=True)
@@ -56,7 +40,7 @@ class Architecture:
         image_size, patch_size: pixels per side.
         width, depth: of a token, and in blocks.
         token_width, channel_width: inside the two feed-forward parts of a block.
-        activation: "relu" or "gelu".
+        activation: "relu", "gelu" or "silu".
         class_token: classify by a token of its own, else by the mean of all.
         dropout: probability, behind the activation function and both branches.
         norm_eps: of the layer norms.
@@ -170,7 +154,7 @@ def load_pretrained(model: MLPMixer, path: Path | str) -> None:
             state |= _block_from(arrays, f"MixerBlock_{i}", f"blocks.{i}")
         state |= prefixed("norm", norm_from(arrays, "pre_head_layer_norm"))
     except (IndexError, RuntimeError) as error:
-        raise ValueError(f"{path} holds no MLP-Mixer of this kind: {error}") from error
+        raise ValueError(f"{path} holds no MLP-Mixer of this kind") from error
     refuse_rest(arrays)
     state |= {f"head.{name}": torch.zeros_like(p) for name, p in model.head.named_parameters()}
     load_weights(model, state)

@@ -8,7 +8,7 @@ The paper's CIFAR-10 run:
 Fine-tuning of a published network, 2000 steps of 256 images:
 
     python train.py --dataset cifar100 --model Mixer-L_16 --pretrained Mixer-L_16.npz --device 0 \
-        --learning-rule asa4
+        --learning-rule asa4 --lean approx
 
 Minutes on two CPU cores, with images that need no download:
 
@@ -106,6 +106,7 @@ FAMILY = patch_network.Family(
     usual_sizes,
     architecture,
     {"--off-act": "did nothing and is gone; leave it out"},
+    has_attention=False,
 )
 
 

@@ -8,7 +8,7 @@ The paper's CIFAR-10 run:
 Fine-tuning of a published network, 1000 steps of 512 images:
 
     python train.py --dataset cifar100 --model-type ViT-L_32 --pretrained ViT-L_32.npz --device 0 \
-        --learning-rule asa1
+        --learning-rule asa1 --lean approx
 
 Minutes on two CPU cores, with images that need no download:
 
@@ -124,6 +124,7 @@ FAMILY = patch_network.Family(
     usual_sizes,
     architecture,
     REJECTED,
+    has_attention=True,
 )
 
 

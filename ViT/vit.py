@@ -25,8 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from aal.feed_forward import FeedForward
 from aal.lean import Dropout, replay
-from aal.method import LEAN, Method
-from aal.ops.derivative_code import DERIVATIVES
+from aal.method import Method
 from aal.patch_embedding import PatchEmbedding
 from aal.pretrained import (
     array_from,
@@ -38,21 +37,6 @@ from aal.pretrained import (
     refuse_rest,
 )
 from aal.rules import weights
-from aal.rules.asa import SCALES as ASA_SCALES
-from aal.rules.placement import RULES
-
-__all__ = [
-    "ASA_SCALES",
-    "DERIVATIVES",
-    "LEAN",
-    "MODELS",
-    "RULES",
-    "Architecture",
-    "ViT",
-    "build",
-    "load_pretrained",
-    "load_weights",
-]
 
 
 @dataclass(frozen=True)
@@ -62,7 +46,7 @@ class Architecture:
     Args:
         image_size, patch_size: pixels per side.
         width, depth, heads, mlp_width: of a token, in blocks, per attention, inside feed-forward.
-        activation: "relu" or "gelu".
+        activation: "relu", "gelu" or "silu".
         class_token: classify by a token of its own, else by the mean of all.
         dropout: probability, behind the embedding, the activation function and both branches.
         is_closed: a second activation function follows the second linear layer, as in the paper's
@@ -88,7 +72,7 @@ class Architecture:
     embedding_std: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
+        if self.heads < 1 or self.width % self.heads:
             raise ValueError(f"{self.heads} heads do not divide a width of {self.width}")
         if self.attention_scale not in ("head", "width"):
             raise ValueError(f"attention_scale is head or width, not {self.attention_scale!r}")
@@ -245,7 +229,7 @@ def load_weights(model: ViT, state_dict: Mapping[str, Tensor]) -> None:
         ValueError: a parameter is missing, unknown or of another shape.
     """
     if "conv_proj.weight" in state_dict:
-        state_dict = {_from_torchvision(name): value for name, value in state_dict.items()}
+        state_dict = {_from_torchvision(str(name)): value for name, value in state_dict.items()}
     weights.load_weights(model, state_dict)
 
 
@@ -261,7 +245,7 @@ def load_pretrained(model: ViT, path: Path | str) -> None:
     try:
         state = _from_archive(arrays, model)
     except (IndexError, RuntimeError) as error:
-        raise ValueError(f"{path} holds no Vision Transformer of this kind: {error}") from error
+        raise ValueError(f"{path} holds no Vision Transformer of this kind") from error
     state |= {f"head.{name}": torch.zeros_like(p) for name, p in model.head.named_parameters()}
     weights.load_weights(model, state)
 

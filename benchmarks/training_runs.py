@@ -57,7 +57,7 @@ def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     accuracies = [run["accuracy"] for run in runs]
     row = {
         "accuracy_mean": round(statistics.mean(accuracies), 2),
-        "accuracy_sd": round(statistics.stdev(accuracies), 2),
+        "accuracy_sd": round(statistics.stdev(accuracies), 2) if len(runs) > 1 else None,
         "accuracies": [round(accuracy, 2) for accuracy in accuracies],
         "saved_mib": round(runs[0]["saved_mib"], 3),
     }

@@ -12,8 +12,10 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     their initial values where the state dict has none.
 
     Raises:
-        ValueError: a parameter is missing, unknown or of another shape.
+        ValueError: a parameter is missing, unknown or of another shape, or no tensor.
     """
+    if not all(isinstance(n, str) and isinstance(v, Tensor) for n, v in state_dict.items()):
+        raise ValueError("the weights do not fit: the file holds other things than named tensors")
     wanted = model.state_dict()
     given = {
         name: value for name, value in state_dict.items() if not _is_aux(name) or name in wanted

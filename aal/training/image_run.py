@@ -1,6 +1,7 @@
 """One run of an image classifier from its command line: train, resume, score or try out."""
 
 import argparse
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from aal.training.loop import Trainer, evaluate
 from aal.training.recipe import Recipe
 from aal.training.run_folder import RunFolder, check_agrees
 
-_MAX_NAME = 230  # letters; 255 are possible, and files in the folder add some
+_MAX_NAME = 230  # bytes; 255 are possible, and files in the folder add some
 
 
 def add_arguments(parser: Parser, test_batch_size: int) -> None:
@@ -102,6 +103,8 @@ class ImageRun:
             self.model = self.build(replace(images, size=self.settings.img_size or images.size))
         except ValueError as error:
             raise UserError(str(error)) from error
+        except (RuntimeError, MemoryError) as error:  # PyTorch's allocator raises the former
+            raise UserError(f"the network does not fit into memory: {error}") from error
         if args.get_li:
             self.recorder = IndicatorRecorder(self.model)
         self.folder = None
@@ -112,7 +115,11 @@ class ImageRun:
             if devices.is_first():
                 self.folder.check(args.resume)
         if args.dry_run:
-            self.parts = data.synthetic(args.dataset, batch_size, img_size=self.settings.img_size)
+            try:
+                size = self.settings.img_size
+                self.parts = data.synthetic(args.dataset, batch_size, img_size=size)
+            except (RuntimeError, MemoryError) as error:
+                raise UserError(f"the images do not fit into memory: {error}") from error
         else:
             self.parts = data.load(
                 args.dataset,
@@ -126,7 +133,7 @@ class ImageRun:
         settings = changes(asdict(self.settings), asdict(self.usual))
         derived = "_".join([self.args.dataset, self.title, *settings])
         name = vars(self.args).get("name", derived)
-        if len(name) > _MAX_NAME:
+        if len(os.fsencode(name)) > _MAX_NAME:
             raise UserError(f"{name} is too long for a folder; choose another with --name")
         return name
 
@@ -197,8 +204,9 @@ class ImageRun:
             row, indicator = self._epoch(trainer, loader, epoch, worker)
             is_best = row["val_accuracy"] > best
             best = max(best, row["val_accuracy"])
+            state = trainer.state()
             if worker.is_main:
-                state = trainer.state() | {"config": self.config, "function": self.function}
+                state |= {"config": self.config, "function": self.function}
                 state |= {
                     "epoch": epoch + 1,
                     "val_accuracy": row["val_accuracy"],

@@ -9,13 +9,17 @@ from typing import Any
 
 from torch import nn
 
+from aal.method import LEAN, Method
+from aal.ops.derivative_code import DERIVATIVES
+from aal.rules.asa import SCALES
+from aal.rules.placement import RULES
 from aal.training import image_run
 from aal.training.command_line import Parser, UserError, note
 from aal.training.descriptions import Description
 from aal.training.recipe import Recipe, add_recipe_flags
 
 _OPTIONS = ("model", "learning_rule", "lean", "gcp", "asa_scale", "derivative")
-_ASA_SCALE, _DERIVATIVE = "fixed", "fitted"  # if not given
+_USUAL = Method()
 _RECIPE_FLAGS = (
     *("optimizer", "lr", "min_lr", "scheduler", "gamma", "warmup_epoch", "warmup_steps"),
     *("epochs", "num_steps", "eval_every", "batch_size", "gradient_accumulation_steps"),
@@ -36,8 +40,7 @@ class Family:
     """Networks that one script trains.
 
     Args:
-        module: defines them: ``MODELS``, ``RULES``, ``LEAN``, ``ASA_SCALES``, ``DERIVATIVES``,
-            ``build``, ``load_weights`` and ``load_pretrained``.
+        module: defines them: ``MODELS``, ``build``, ``load_weights`` and ``load_pretrained``.
         model_flags: spellings of the flag that chooses one of ``MODELS``.
         recipes: of the network that is trained from scratch, which is the default, and of the
             published ones, each by what --help calls it.
@@ -47,6 +50,7 @@ class Family:
         architecture: (sizes by flag, pixels per side) -> changes of the model for ``build``, or
             ``ValueError``.
         rejected: flags of old releases, and what became of them.
+        has_attention: its blocks have attention, which ``--gcp`` replays in every lean mode.
     """
 
     module: ModuleType
@@ -57,6 +61,7 @@ class Family:
     usual_sizes: Callable[[str], Mapping[str, Any]]
     architecture: Callable[[Mapping[str, Any], int], Mapping[str, Any]]
     rejected: Mapping[str, str]
+    has_attention: bool
 
 
 def main(family: Family, script: str, description: str, arguments: Sequence[str]) -> int:
@@ -66,6 +71,7 @@ def main(family: Family, script: str, description: str, arguments: Sequence[str]
     recipe = from_scratch if args.model == _small(family) else published
     usual = family.usual_sizes(args.model)
     sizes = {name: vars(args).get(name, value) for name, value in usual.items()}
+    _note_inert_flags(family, args, sizes["activation"])
 
     def build_for(images: Description) -> nn.Module:
         network = family.module.build(
@@ -112,26 +118,27 @@ def parse_args(family: Family, description: str, arguments: Sequence[str]) -> ar
     help = "network"
     add(*family.model_flags, dest="model", choices=module.MODELS, default=_small(family), help=help)
     family.add_sizes(parser)
-    add("--learning-rule", choices=module.RULES, default="bp", help="rule of the weight gradients")
+    add("--learning-rule", choices=RULES, default="bp", help="rule of the weight gradients")
     help = (
-        "how norms, activations and dropout remember: exact and approx save memory; if not given, "
-        "off for bp without --gcp and exact otherwise"
+        "off for PyTorch's layers; exact computes norms and activations again; approx keeps two "
+        "bits of an activation's derivative (ReLU: one, exactly), which approximates gradients; "
+        "if not given, off for bp without --gcp and exact otherwise"
     )
-    add("--lean", choices=module.LEAN, default=absent, help=help)
+    add("--lean", choices=LEAN, default=absent, help=help)
     parser.add_switch("--gcp", help="compute more in backward again, exactly, to save memory")
     help = "size of ASA's sign code: a constant, or the mean of what it stands for"
     add(
         "--asa-scale",
-        choices=module.ASA_SCALES,
+        choices=SCALES,
         default=absent,
-        help=f"{help}; if not given, {_ASA_SCALE}",
+        help=f"{help}; if not given, {_USUAL.asa_scale}",
     )
     help = "table of --lean approx"
     add(
         "--derivative",
-        choices=module.DERIVATIVES,
+        choices=tuple(DERIVATIVES),
         default=absent,
-        help=f"{help}; if not given, {_DERIVATIVE}",
+        help=f"{help}; if not given, {_USUAL.derivative}",
     )
     help = "published weights to start from, a .npz file"
     flags = ("--pretrained", "--pretrained-dir")
@@ -147,17 +154,34 @@ def parse_args(family: Family, description: str, arguments: Sequence[str]) -> ar
         args.lean = _usual_lean(args)
     elif args.gcp and args.lean == "off":
         raise UserError("--gcp builds on --lean exact; leave out --lean off or --gcp")
-    if "asa_scale" not in args:
-        args.asa_scale = _ASA_SCALE
-    elif not args.learning_rule.startswith("asa"):
-        note(f"--asa-scale does nothing under --learning-rule {args.learning_rule}")
-        args.asa_scale = _ASA_SCALE
-    if "derivative" not in args:
-        args.derivative = _DERIVATIVE
-    elif args.lean != "approx":
-        note("--derivative does nothing without --lean approx")
-        args.derivative = _DERIVATIVE
     return args
+
+
+def _note_inert_flags(family: Family, args: argparse.Namespace, activation: str) -> None:
+    """Tell the user of flags that change nothing, and give them their usual values."""
+    rule, is_approx = args.learning_rule, args.lean == "approx"
+    for flag, name, matters, where in (
+        ("--asa-scale", "asa_scale", rule.startswith("asa"), f"under --learning-rule {rule}"),
+        ("--derivative", "derivative", is_approx, "without --lean approx"),
+        ("--derivative", "derivative", activation != "relu", "for ReLU, whose code is exact"),
+    ):
+        if name in args and not matters and getattr(args, name) != getattr(_USUAL, name):
+            note(f"{flag} does nothing {where}")
+            setattr(args, name, getattr(_USUAL, name))
+        elif name not in args:
+            setattr(args, name, getattr(_USUAL, name))
+    if args.gcp and is_approx and not family.has_attention:
+        note("--gcp does nothing under --lean approx without attention")
+        args.gcp = False
+    if args.pretrained and "model_path" in args:
+        note("--pretrained does nothing with --model-path")
+    if rule == "bp" and is_approx:
+        note("--lean approx keeps more than --lean exact does under --learning-rule bp")
+    if rule != "bp" and args.lean == "exact" and activation != "relu":
+        note(
+            f"--learning-rule {rule} keeps no less than bp does under --lean exact with "
+            f"{activation}; --lean approx lets it"
+        )
 
 
 def _small(family: Family) -> str:
@@ -176,9 +200,9 @@ def _title(args: argparse.Namespace) -> list[str]:
         words.append("gcp")
     if args.lean != _usual_lean(args):
         words.append(f"lean-{args.lean}")
-    if args.asa_scale != _ASA_SCALE:
+    if args.asa_scale != _USUAL.asa_scale:
         words.append(f"asa-scale-{args.asa_scale}")
-    if args.derivative != _DERIVATIVE:
+    if args.derivative != _USUAL.derivative:
         words.append(f"derivative-{args.derivative}")
     if args.pretrained:
         words.append("pretrained")

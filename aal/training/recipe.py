@@ -17,6 +17,7 @@ from aal.training.command_line import (
     fraction,
     non_negative_float,
     non_negative_int,
+    note,
     positive_float,
     positive_int,
     probability,
@@ -100,9 +101,21 @@ class Recipe:
         elif "eval_every" in given:
             raise UserError("--eval-every counts steps; it goes with --num-steps")
         changed = replace(changed, eval_every=every)
+        if "min_lr" not in given:
+            changed = replace(changed, min_lr=min(changed.min_lr, changed.lr))
         if changed.min_lr > changed.lr:
             raise UserError(f"--min-lr {changed.min_lr} is above --lr {changed.lr}")
+        for name in given:
+            changed._note_if_inert(name)
         return changed
+
+    def _note_if_inert(self, name: str) -> None:
+        """Tell the user of a flag that changes nothing beside the other settings."""
+        setting, kinds = _GOES_WITH.get(name, ("optimizer", OPTIMIZERS))
+        if getattr(self, setting) not in kinds:
+            note(f"{_flag(name)} does nothing under {_flag(setting)} {getattr(self, setting)}")
+        if name == "cutmix_beta" and not self.cutmix_prob:
+            note("--cutmix-beta does nothing without --cutmix-prob")
 
     @property
     def rounds(self) -> int:
@@ -155,6 +168,16 @@ class Recipe:
             return None
         return Mixing(num_classes, self.cutmix, self.mixup, self.cutmix_beta, self.cutmix_prob)
 
+
+# Fields that matter for some values of another alone.
+_GOES_WITH = {
+    "beta1": ("optimizer", ("adam",)),
+    "beta2": ("optimizer", ("adam",)),
+    "momentum": ("optimizer", ("sgd",)),
+    "off_nesterov": ("optimizer", ("sgd",)),
+    "gamma": ("scheduler", ("step",)),
+    "min_lr": ("scheduler", ("cosine", "linear")),
+}
 
 # Spellings, what argparse is told, and what --help says; the default follows there.
 _FLAGS: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {

@@ -43,7 +43,8 @@ class RunFolder:
     def check(self, resume: bool) -> None:
         """Raise ``UserError`` if there is a run and none should be, or the other way round.
 
-        A run that was stopped in its first epoch left nothing to continue, and is begun again.
+        A run that was stopped in its first epoch left nothing to continue, and is begun again. A
+        folder that holds anything else is somebody else's.
         """
         try:
             files = {file.name for file in self.path.iterdir()} if self.path.exists() else set()
@@ -51,11 +52,24 @@ class RunFolder:
             raise UserError(f"cannot use {self.path}: {error.strerror}") from error
         if resume and not {"last.pth", "best.pth"} <= files:
             raise UserError(f"nothing to resume: there is no {self.last}")
-        if not resume and ("last.pth" in files or files and "config.json" not in files):
+        if not resume and "last.pth" in files:
             raise UserError(
                 f"{self.path} already holds a run; --resume continues it, --output names another "
                 "place"
             )
+        if not resume and files and not self._is_begun_run(files):
+            raise UserError(f"{self.path} already holds other files; --output names another place")
+
+    def _is_begun_run(self, files: set[str]) -> bool:
+        """Are these the files that a run leaves before its first checkpoint, and no others?"""
+        own = {"config.json", "environment.json", "metrics.jsonl", "best.pth"}
+        own |= {f"{self.experiment}.npy", self._indicator_file.name}
+        foreign = {name for name in files - own if not name.startswith(".")}  # cut-off writes
+        try:
+            config = json.loads((self.path / "config.json").read_text())
+        except (OSError, ValueError):
+            return False
+        return not foreign and isinstance(config, dict) and "dataset" in config
 
     def start(self, config: dict[str, Any]) -> None:
         """Create the folder and record what runs, and where."""

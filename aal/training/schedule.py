@@ -29,6 +29,6 @@ def learning_rate(
         return peak * (step + 1) / warmup
     if scheduler == "step":
         return peak * gamma ** sum(step >= drop for drop in drops)
-    done = (step - warmup) / (steps - warmup)
+    done = min(1, (step - warmup) / max(1, steps - warmup))
     height = 1 - done if scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * done))
     return end + (peak - end) * height

@@ -319,6 +319,13 @@ def test_what_cannot_be_built_is_refused(kind, options, message):
 
 
 @kinds
+@pytest.mark.parametrize("shape", [(16, 17), (17, 17), (8, 32)], ids=str)
+def test_images_of_another_size_are_refused(kind, shape):
+    with pytest.raises(ValueError, match=r"images of \(16, 16\) pixels, got"):
+        small(kind)(torch.randn(1, 3, *shape))
+
+
+@kinds
 def test_unknown_model_is_refused(kind):
     with pytest.raises(ValueError, match="unknown model 'resnet'; choose from"):
         MODULES[kind].build("resnet")

@@ -73,10 +73,10 @@ def published(**options) -> nn.Module:
 
 @pytest.mark.parametrize("lean", ["off", "exact", "approx"])
 def test_is_the_network_of_torchvision(lean):
-    theirs, ours = torchvision_network(), published(lean=lean)
+    theirs, ours = torchvision_network().double(), published(lean=lean).double()
     load_weights(ours, theirs.state_dict())
-    x = images()
-    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+    x = images().double()
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.slow
@@ -177,6 +177,11 @@ def test_head_reads_the_class_token_or_the_mean(class_token):
     else:
         pooled = (tokens + model.pos_embed).mean(1)
     torch.testing.assert_close(model(x), model.head(model.norm(pooled)))
+
+
+def test_a_checkpoint_of_other_things_is_refused():
+    with pytest.raises(ValueError, match="other things than named tensors"):
+        load_weights(published(), {"conv_proj.weight": torch.ones(1), 3: 4})
 
 
 def test_heads_that_do_not_divide_the_width_are_refused():

@@ -76,3 +76,11 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_is_loaded(change, messa
     with pytest.raises(ValueError, match=f"the weights do not fit: the file .*{message}"):
         load_weights(model, given)
     assert_same_bits(dict(model.state_dict()), before)
+
+
+@pytest.mark.parametrize(
+    "state", [{3: torch.ones(2)}, {"weight": 1.0}], ids=["number", "no-tensor"]
+)
+def test_other_things_than_named_tensors_are_refused(state):
+    with pytest.raises(ValueError, match="other things than named tensors"):
+        load_weights(nn.Linear(2, 2), state)

@@ -57,6 +57,20 @@ BAD_FILES = {
 }
 
 
+def npy_header(text: str) -> bytes:
+    """The beginning of an .npy file that says ``text`` of its array."""
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+_HEADER = "{'descr': '<f4', 'fortran_order': False, 'shape': (%s,), }"
+BAD_FILES |= {
+    "half an archive": b"PK\x03\x04",
+    "header that is no Python": npy_header("{'descr': '<f4"),
+    "more than memory": npy_header(_HEADER % 10**14),
+    "more than addresses": npy_header(_HEADER % 10**23),
+}
+
+
 @pytest.mark.parametrize("content", BAD_FILES.values(), ids=BAD_FILES.keys())
 def test_a_bad_file_gets_one_line_and_status_2(
     call: Callable, tmp_path: Path, content: bytes | None
@@ -80,7 +94,7 @@ def test_a_bad_command_gets_one_line_and_status_2(call: Callable, arguments: tup
     assert status == 2 and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("output", ["picture.xyz", "nowhere/picture.png"])
+@pytest.mark.parametrize("output", ["picture.xyz", "nowhere/picture.png", "two lines.jpg"])
 def test_a_bad_output_gets_one_line_and_status_2(
     call: Callable, files: list[Path], tmp_path: Path, output: str
 ):

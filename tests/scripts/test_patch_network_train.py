@@ -175,9 +175,20 @@ def test_a_checkpoint_of_another_function_is_refused(train_patches: Callable, tm
     assert (status, err) == (0, "") and out.startswith("test accuracy")
 
 
+GELU = ("--activation", "gelu")
 NOTES = {
     "scale of ASA's code": (("--asa-scale", "mean"), "--asa-scale does nothing under"),
     "derivative": (("--derivative", "published"), "--derivative does nothing without"),
+    "derivative of ReLU": (
+        ("--learning-rule", "asa1", "--lean", "approx", "--derivative", "published"),
+        "--derivative does nothing for ReLU",
+    ),
+    "exact GELU": (("--learning-rule", "asa1", *GELU), "asa1 keeps no less than bp does"),
+    "approximate bp": ((*GELU, "--lean", "approx"), "keeps more than --lean exact"),
+    "beta of sgd": (("--optimizer", "sgd", "--beta1", "0.8"), "--beta1 does nothing under"),
+    "momentum of adam": (("--momentum", "0.8"), "--momentum does nothing under --optimizer adam"),
+    "factor of cosine": (("--gamma", "0.5"), "--gamma does nothing under --scheduler cosine"),
+    "end of steps": (("--scheduler", "step", "--min-lr", "0"), "--min-lr does nothing under"),
 }
 
 
@@ -198,7 +209,7 @@ BAD_COMMANDS = {
     "abbreviated flag": (("--learn", "bp"), "--learn"),
     "batch size of 0": (("--batch-size", "0"), "--batch-size"),
     "rate in words": (("--lr", "fast"), "--lr"),
-    "least rate above the largest": (("--lr", "1e-7"), "--min-lr"),
+    "least rate above the largest": (("--lr", "1e-7", "--min-lr", "1e-6"), "--min-lr"),
     "smoothing of 1": (("--label-smoothing", "1"), "--label-smoothing"),
     "dropout of 1": (("--dropout", "1"), "--dropout"),
     "beta of 1": (("--beta1", "1"), "--beta1"),
@@ -248,6 +259,50 @@ def test_a_name_of_many_settings_is_refused_before_any_work(
     assert status == 2 and err.count("\n") == 1 and "--name" in err
     status, _, err = train_patches(*words, "--name", "short", "--dry-run")
     assert (status, err) == (0, "")
+
+
+@pytest.mark.parametrize("extra", [(), ("--get-li",)], ids=["plain", "get-li"])
+def test_a_dry_run_of_a_run_of_one_step_works(train_patches: Callable, extra: tuple[str, ...]):
+    status, out, err = train_patches("--dry-run", "--num-steps", 1, *extra)
+    assert (status, err) == (0, "") and out.startswith("dry run: 2 steps")
+
+
+def test_a_small_step_size_needs_no_other_flag(train_patches: Callable):
+    status, _, err = train_patches("--dry-run", "--lr", 1e-7)
+    assert (status, err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--batch-size", 10**12), ("--num-layers", 1, "--activation", "relu", "--img-size", 2**20)],
+    ids=["batch", "image"],
+)
+def test_what_does_not_fit_into_memory_gets_one_line(train_patches: Callable, words: tuple):
+    status, out, err = train_patches("--dry-run", *words)
+    assert (status, out) == (2, "") and err.count("\n") == 1 and "memory" in err
+
+
+def test_a_folder_of_somebody_else_is_left_alone(train_patches: Callable, tmp_path: Path):
+    folder = tmp_path / "runs" / "mine"
+    folder.mkdir(parents=True)
+    for files in (
+        {"config.json": '{"model_type": "bert"}'},
+        {"config.json": '{"dataset": "glue"}', "model.bin": "weights"},
+        {"config.json": "not JSON"},
+        {"notes.txt": "precious"},
+    ):
+        for name, text in files.items():
+            (folder / name).write_text(text)
+        status, _, err = train_patches("--epochs", 1, "--name", "mine")
+        assert status == 2 and err.count("\n") == 1 and "holds other files" in err
+        assert {path.name: path.read_text() for path in folder.iterdir()} == files
+        for name in files:
+            (folder / name).unlink()
+
+
+def test_a_name_is_measured_as_the_disk_does(train_patches: Callable, tmp_path: Path):
+    status, _, err = train_patches("--name", "\u00e9" * 126)
+    assert status == 2 and "too long" in err and not (tmp_path / "runs").exists()
 
 
 def _digits(call: Callable, script: str, output: Path, *arguments: object) -> dict:

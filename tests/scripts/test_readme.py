@@ -85,3 +85,10 @@ def test_its_make_targets_exist():
     assert {"demo", "test", "bench-cpu"} == set(targets)
     for target in targets:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_its_numbers_have_records():
+    records = re.findall(r"\((results/[^)]+)\)", README)
+    assert len(set(records)) >= 6
+    assert not [record for record in records if not (ROOT / record).is_file()]
+    assert not re.findall(r"^[A-Z]+$", README, flags=re.MULTILINE)  # a table yet to come
