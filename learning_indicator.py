@@ -73,7 +73,8 @@ def load(path: Path) -> np.ndarray:
         ValueError: no such file, not an array of numbers, or no finite value in it.
     """
     try:
-        values = np.load(path, allow_pickle=False)
+        with open(path, "rb") as file:  # which np.load would leave open if it cannot read it
+            values = np.load(file, allow_pickle=False)
         if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
             raise ValueError("it holds no array of real numbers")
         values = values.astype(np.float64).ravel()

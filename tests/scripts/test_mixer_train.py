@@ -168,3 +168,19 @@ def test_the_flags_are_these(call: Callable):
         --num-workers --seed --output --output-dir --model-path --get-li --resume --checkpoint
         --dry-run""".split()
     )
+
+
+def test_a_mixer_has_nothing_to_replay_between_approximate_layers(train_mixer: Callable):
+    words = ("--learning-rule", "asa1", "--lean", "approx", "--gcp")
+    status, _, err = train_mixer("--dry-run", *words)
+    assert (
+        status == 0
+        and err == "train.py: note: --gcp does nothing under --lean approx without attention\n"
+    )
+
+
+def test_a_share_without_mixing_gets_a_note(train_mixer: Callable):
+    status, _, err = train_mixer("--dry-run", "--cutmix-beta", 0.3)
+    assert (
+        status == 0 and err == "train.py: note: --cutmix-beta does nothing without --cutmix-prob\n"
+    )

@@ -130,3 +130,10 @@ def test_the_flags_are_these(call: Callable):
         --device --workers --num-workers --seed --output --output-dir --model-path --get-li
         --resume --checkpoint --dry-run""".split()
     )
+
+
+def test_weights_to_start_from_do_nothing_for_a_score(train_vit: Callable, tmp_path: Path):
+    train_vit("--epochs", 1)
+    best = run_folder(tmp_path) / "best.pth"
+    status, _, err = train_vit("--model_path", best, "--pretrained", "nowhere.npz")
+    assert status == 0 and "--pretrained does nothing with --model-path" in err
