@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from aal.feed_forward import FeedForward
-from aal.lean import Dropout, replay
+from aal.lean import replay
 from aal.method import Method
 from aal.patch_embedding import PatchEmbedding
 from aal.pretrained import (
@@ -103,8 +103,8 @@ MODELS: dict[str, Architecture] = {
 class Attention(nn.Module):
     """Self-attention; queries, keys and values share one linear layer, and one code of its input.
 
-    The kernel of attention keeps its own output, the input of ``proj``: a rule on ``proj`` (level
-    3) saves nothing unless attention is replayed (``gcp``).
+    The kernel of attention keeps its own output, which is the input of ``proj``, and ``gcp`` keeps
+    neither: a rule on ``proj`` (level 3) saves nothing.
     """
 
     def __init__(self, sizes: Architecture, method: Method):
@@ -141,7 +141,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(sizes.width, sizes.norm_eps)
         self.attn = Attention(sizes, method)
-        self.drop = (Dropout if method.is_lean else nn.Dropout)(sizes.dropout)
+        self.drop = method.dropout(sizes.dropout)
         self.norm2 = nn.LayerNorm(sizes.width, sizes.norm_eps)
         self.mlp = FeedForward(
             sizes.width,
@@ -178,7 +178,7 @@ class ViT(nn.Module):
         if sizes.class_token:
             self.cls_token = nn.Parameter(torch.randn(1, 1, sizes.width) * sizes.embedding_std)
         self.pos_embed = nn.Parameter(torch.randn(1, tokens, sizes.width) * sizes.embedding_std)
-        self.pos_drop = (Dropout if method.is_lean else nn.Dropout)(sizes.dropout)
+        self.pos_drop = method.dropout(sizes.dropout)
         self.blocks = nn.Sequential(*(Block(sizes, method) for _ in range(sizes.depth)))
         self.norm = nn.LayerNorm(sizes.width, sizes.norm_eps)
         self.head = nn.Linear(sizes.width, num_classes)

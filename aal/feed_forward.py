@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from aal.lean import CodedActivation, Dropout, PackedReLU, activation_coded, replay
+from aal.lean import CodedActivation, PackedReLU, activation_coded, replay
 from aal.method import Method
 from aal.rules.asa import LinearASA
 
@@ -57,7 +57,7 @@ class FeedForward(nn.Module):
         self.drop1 = nn.Dropout(dropout)
         self.fc2 = method.linear(levels[1], hidden, width, after=self.act)
         self.act2 = self._closing(activation) if is_closed else nn.Identity()
-        self.drop2 = Dropout(dropout) if method.is_lean else nn.Dropout(dropout)
+        self.drop2 = method.dropout(dropout)
 
     def _closing(self, activation: str) -> nn.Module:
         if self.method.is_lean and activation == "relu":

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from aal.lean import Dropout
 from aal.ops.derivative_code import DERIVATIVES
 from aal.rules.asa import SCALES
 from aal.rules.placement import RULES, linear
@@ -51,6 +52,10 @@ class Method:
     @property
     def is_lean(self) -> bool:
         return self.lean != "off"
+
+    def dropout(self, probability: float) -> nn.Dropout:
+        """Dropout that keeps bits in a lean mode, and PyTorch's otherwise."""
+        return Dropout(probability) if self.is_lean else nn.Dropout(probability)
 
     def linear(
         self,
