@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -20,6 +21,7 @@ import numpy as np
 PICTURES = ("png", "svg", "pdf")
 WARM, COOL = "#d1495b", "#30638e"
 BINS = 200
+_TITLE_WIDTH = 84  # letters; names of runs can be long
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -135,7 +137,8 @@ def save(
         axis.hist(clipped[~positive], edges, color=COOL, label="LI ≤ 0")
         axis.axvline(np.median(values), color="black", linewidth=1, linestyle=":", label="median")
         axis.set(yscale="log", ylabel="count", xlim=(low, high))
-        axis.set_title(path.stem.removesuffix("_li"), fontsize=9)
+        title = textwrap.fill(path.stem.removesuffix("_li"), _TITLE_WIDTH)
+        axis.set_title(title, fontsize=9)
     axes[0, 0].legend(fontsize=8)
     axes[-1, 0].set_xlabel("Learning Indicator")
     try:
