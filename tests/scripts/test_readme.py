@@ -1,5 +1,6 @@
 """The README's code and commands run."""
 
+import json
 import re
 import runpy
 import shlex
@@ -92,3 +93,54 @@ def test_its_numbers_have_records():
     assert len(set(records)) >= 6
     assert not [record for record in records if not (ROOT / record).is_file()]
     assert not re.findall(r"^[A-Z]+$", README, flags=re.MULTILINE)  # a table yet to come
+
+
+def _record(name: str) -> dict:
+    return json.loads((ROOT / "results" / f"{name}.json").read_text())
+
+
+def _table(header: str) -> list[list[str]]:
+    """The cells of the table whose first line begins so, without emphasis and headings."""
+    lines = README[README.index(header) :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_its_bytes_are_the_recorded_ones():
+    record = _record("patch_memory")
+    blocks, *networks = list(record.values())[1:]
+    rows = _table("| rule | block |")
+    assert len(rows) == 9
+    for label, block, *cells in rows:
+        key = label.removesuffix(", lean off").removesuffix(" (torchvision's ViT)")
+        assert block == f"{blocks[key]:.2f}"
+        for network, (mib, times, _) in zip(networks, (cells[:3], cells[3:]), strict=True):
+            is_torchvision = key == "bp" and "torchvision" in network
+            row = network["torchvision" if is_torchvision else key]
+            assert float(mib) == pytest.approx(row["mib_per_image"], abs=0.0501)
+            assert float(times) == pytest.approx(row["times_less"], abs=0.00501)
+
+
+def test_its_times_are_the_recorded_ones():
+    networks = _record("patch_speed_cpu")["training_step"].values()
+    rows = _table("| rule | ViT | MLP-Mixer |")
+    assert len(rows) == 12
+    for label, *ratios in rows:
+        recorded = [network[label]["median_ratio"] for network in networks]
+        assert [float(ratio) for ratio in ratios] == pytest.approx(recorded, abs=0.00501)
+
+
+def test_its_accuracies_are_the_recorded_ones():
+    networks = _record("patch_accuracy")["rules"].values()
+    rows = _table("| rule | ViT, test accuracy % |")
+    names = [label for label, *_ in rows[:11]]
+    approx = "asa1, GELU, lean approx"
+    names += [approx, f"{approx}, mean scale", f"{approx}, published derivative"]
+    for name, (_, *cells) in zip(names, rows, strict=True):
+        for network, (accuracy, mib, indicator) in zip(
+            networks, (cells[:3], cells[3:]), strict=True
+        ):
+            row = network[name]
+            assert accuracy == f"{row['accuracy_mean']:.1f} ± {row['accuracy_sd']:.1f}"
+            assert mib == f"{row['saved_mib']:.1f}"
+            found = float(indicator.replace("−", "-"))
+            assert found == pytest.approx(row["median_learning_indicator"], abs=0.000501)
