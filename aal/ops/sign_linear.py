@@ -45,13 +45,16 @@ def sign_scale(x: Tensor, low: int, epsilon: float) -> Tensor:
     Returns:
         (rows,) in the dtype of x.
     """
-    if low == 0:
-        positive = torch.relu(x)
-        count = positive.count_nonzero(-1).clamp_min(1)
-        mean = positive.sum(-1, dtype=torch.promote_types(x.dtype, torch.float32)) / count
-    else:
-        mean = x.abs().mean(-1, dtype=torch.promote_types(x.dtype, torch.float32))
-    return (mean + epsilon).to(x.dtype)
+    scale, wide = x.new_empty(len(x)), torch.promote_types(x.dtype, torch.float32)
+    for rows in tiles(*x.shape, x.device):
+        if low == 0:
+            positive = torch.relu(x[rows])
+            total = positive.sum(-1, dtype=wide)
+            mean = total / positive.sign_().sum(-1, dtype=wide).clamp_min_(1)
+        else:
+            mean = x[rows].abs().mean(-1, dtype=wide)
+        scale[rows] = mean + epsilon
+    return scale
 
 
 def sign_weight_gradient(
