@@ -1,5 +1,6 @@
 """What several test files need: random tensors, comparisons and the rules spelled out."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from aal.lean import replay
 
 
 def cotangent_of(y: Tensor) -> Tensor:
@@ -116,6 +119,18 @@ def assert_compiles(module: nn.Module, *inputs: Tensor, backend: str = "aot_eage
         y = function(*inputs)
         found.append((y.detach(), torch.autograd.grad(y, module.parameters(), cotangent_of(y))))
     torch.testing.assert_close(*found)
+
+
+class Lean(nn.Sequential):
+    """A replayed chain as one module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return replay(x, *self)
+
+
+def lean_copy(layers: nn.Sequential) -> Lean:
+    """The same layers, with weights of their own, as a replayed chain."""
+    return Lean(*copy.deepcopy(layers))
 
 
 LOW_PRECISION = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

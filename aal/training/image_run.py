@@ -104,7 +104,9 @@ class ImageRun:
         except ValueError as error:
             raise UserError(str(error)) from error
         except (RuntimeError, MemoryError) as error:  # PyTorch's allocator raises the former
-            raise UserError(f"the network does not fit into memory: {error}") from error
+            raise UserError(
+                f"cannot build the network, perhaps for want of memory: {error}"
+            ) from error
         if args.get_li:
             self.recorder = IndicatorRecorder(self.model)
         self.folder = None
@@ -119,7 +121,9 @@ class ImageRun:
                 size = self.settings.img_size
                 self.parts = data.synthetic(args.dataset, batch_size, img_size=size)
             except (RuntimeError, MemoryError) as error:
-                raise UserError(f"the images do not fit into memory: {error}") from error
+                raise UserError(
+                    f"cannot make the images, perhaps for want of memory: {error}"
+                ) from error
         else:
             self.parts = data.load(
                 args.dataset,

@@ -111,9 +111,10 @@ class Recipe:
 
     def _note_if_inert(self, name: str) -> None:
         """Tell the user of a flag that changes nothing beside the other settings."""
-        setting, kinds = _GOES_WITH.get(name, ("optimizer", OPTIMIZERS))
-        if getattr(self, setting) not in kinds:
-            note(f"{_flag(name)} does nothing under {_flag(setting)} {getattr(self, setting)}")
+        if name in _GOES_WITH:
+            setting, kinds = _GOES_WITH[name]
+            if (value := getattr(self, setting)) not in kinds:
+                note(f"{_flag(name)} does nothing under {_flag(setting)} {value}")
         if name == "cutmix_beta" and not self.cutmix_prob:
             note("--cutmix-beta does nothing without --cutmix-prob")
 

@@ -1,7 +1,5 @@
 """Chains of norms, linear layers and point-wise ones: every bit of the layers one by one."""
 
-import copy
-
 import pytest
 import torch
 from helpers import (
@@ -9,6 +7,7 @@ from helpers import (
     assert_same_bits,
     compiling,
     cotangent_of,
+    lean_copy,
     train,
     under_autocast,
 )
@@ -98,17 +97,6 @@ def stock(chain: str, training: bool = True) -> nn.Sequential:
             for parameter in layer.parameters():
                 nn.init.normal_(parameter)
     return layers
-
-
-class Lean(nn.Sequential):
-    """A chain as one module."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return replay(x, *self)
-
-
-def lean_copy(layers: nn.Sequential) -> Lean:
-    return Lean(*copy.deepcopy(layers))
 
 
 def assert_trains_alike(lean: nn.Module, layers: nn.Module, x: Tensor) -> None:

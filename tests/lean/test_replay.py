@@ -9,6 +9,7 @@ from helpers import (
     assert_same_bits,
     compiling,
     cotangent_of,
+    lean_copy,
     train,
     under_autocast,
 )
@@ -66,17 +67,6 @@ def stock(chain: str = "two-norms", training: bool = True) -> nn.Sequential:
             if layer.running_var is not None:
                 nn.init.uniform_(layer.running_var, 0.5, 2)
     return layers
-
-
-class Lean(nn.Sequential):
-    """A chain as one module."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return replay(x, *self)
-
-
-def lean_copy(layers: nn.Sequential) -> Lean:
-    return Lean(*copy.deepcopy(layers))
 
 
 def assert_trains_alike(lean: nn.Module, layers: nn.Module, x: Tensor) -> None:

@@ -174,6 +174,18 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
+def assert_refused(result: tuple[int, str, str], words: str) -> None:
+    """A call of a script ended before any work, with one line that holds ``words``."""
+    status, out, err = result
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1 and err.startswith("train.py: error: ") and words in err
+
+
+def spellings(flag: str) -> list[tuple[str, ...]]:
+    """Ways to give a flag."""
+    return [(flag,), (flag.replace("-", "_").replace("__", "--", 1), "7"), (f"{flag}=7",)]
+
+
 def flags_of(help: str) -> set[str]:
     """Every flag that --help names."""
     return set(re.findall(r"--[A-Za-z][A-Za-z0-9-]*", help.split("options:")[1]))

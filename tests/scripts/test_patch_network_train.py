@@ -12,9 +12,11 @@ import torch
 from scripts.conftest import (
     RULES,
     SMALL,
+    assert_refused,
     assert_same_results,
     files_of,
     run_folder,
+    spellings,
     weights_of,
 )
 
@@ -248,11 +250,24 @@ BAD_COMMANDS = {
 def test_a_mistake_gets_one_line_and_status_2(
     train_patches: Callable, tmp_path: Path, arguments: tuple[str, ...], words: str
 ):
-    status, out, err = train_patches(*arguments)
-    assert (status, out) == (2, "")
-    assert err.count("\n") == 1 and err.startswith("train.py: error: ")
-    assert words in err
+    assert_refused(train_patches(*arguments), words)
     assert not (tmp_path / "runs").exists()
+
+
+REJECTED = {
+    "--local-rank": "--device or torchrun",
+    "--mesa": "not available yet",
+    "--mesa-policy": "not available yet",
+    "--actnn": "not available yet",
+}
+
+
+@pytest.mark.parametrize("flag, hint", REJECTED.items())
+def test_a_flag_of_old_releases_gets_its_own_hint(train_patches: Callable, flag: str, hint: str):
+    for words in spellings(flag):
+        result = train_patches(*words)
+        assert_refused(result, hint)
+        assert result[2].startswith(f"train.py: error: {flag} ")
 
 
 def test_a_name_of_many_settings_is_refused_before_any_work(
