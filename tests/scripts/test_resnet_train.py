@@ -180,11 +180,15 @@ def test_two_processes_train_together(train: Callable, tmp_path: Path, tiny_imag
     # what is validated is what is saved
     row = json.loads((folder / "metrics.jsonl").read_text())
     network = build("resnet18", num_classes=200, stem="medium")
-    load_weights(network, torch.load(folder / "last.pth", weights_only=True)["model"])
+    state = torch.load(folder / "last.pth", weights_only=True)
+    load_weights(network, state["model"])
     validation = data.load("tiny-imagenet", tiny_imagenet).validation
     loader = data.evaluation_loader(validation, 8, 0, Worker(torch.device("cpu")))
     scored = evaluate(network, loader, Worker(torch.device("cpu")), "off", "")
     assert scored["loss"] == pytest.approx(row["val_loss"], rel=1e-5)
+    # and each process can continue with its own random numbers
+    first, second = (rng["cpu"] for rng in state["rng"])
+    assert not torch.equal(first, second)
 
 
 @pytest.mark.slow
