@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-SCHEDULERS = ("cosine", "linear", "step")
+SCHEDULERS = ("cosine", "linear", "step")  # which rise to the peak and have an end; beside "noam"
 
 
 def learning_rate(
@@ -23,7 +23,14 @@ def learning_rate(
     weights and the last has the peak. Then "cosine" (or "cos") falls on half a cosine, and "linear"
     on a line, to ``end`` when all steps are done; "step" multiplies it by ``gamma`` at each of
     ``drops``.
+
+    "noam" has no end: the rate rises over the first ``warmup`` steps and then falls with the
+    inverse square root of the step (Vaswani et al., 2017, equation 3, where the peak is
+    ``width**-0.5 * warmup**-0.5``).
     """
+    if scheduler == "noam":
+        warmup = max(1, warmup)
+        return peak * min((step + 1) / warmup, math.sqrt(warmup / (step + 1)))
     warmup = min(warmup, steps)
     if step < warmup:
         return peak * (step + 1) / warmup

@@ -73,3 +73,21 @@ def test_step_falls_at_half_and_three_quarters_or_every_so_many_epochs():
 def test_steps_behind_the_last_have_a_rate_too(scheduler, warmup):
     rates = [learning_rate(scheduler, i, steps=1, peak=0.1, warmup=warmup) for i in range(4)]
     assert rates[0] == pytest.approx(0.1) and all(0 <= rate <= 0.1 for rate in rates)
+
+
+def test_noam_is_the_formula_of_its_authors():
+    width, warmup = 512, 4000
+    peak = width**-0.5 * warmup**-0.5
+    for step in (0, 1, 2500, 3999, 4000, 99_999):
+        number = step + 1  # they count from 1
+        expected = width**-0.5 * min(number**-0.5, number * warmup**-1.5)
+        found = learning_rate("noam", step, steps=10, peak=peak, warmup=warmup)
+        assert found == pytest.approx(expected, rel=1e-12)
+    assert learning_rate("noam", 3999, steps=10, peak=peak, warmup=warmup) == pytest.approx(peak)
+    assert learning_rate("noam", 3, steps=10, peak=0.4) == pytest.approx(0.2)  # no warm-up
+
+
+def test_a_recipe_can_follow_noam():
+    recipe = Recipe(lr=0.1, batch_size=4, epochs=2, scheduler="noam", warmup_steps=4)
+    rate = recipe.learning_rate(steps_per_epoch=2)
+    assert [rate(i) for i in (0, 3, 15)] == pytest.approx([0.025, 0.1, 0.05])
