@@ -18,13 +18,16 @@ from dataclasses import replace
 
 from resnet import DEFAULT_ARA_STRIDE, LEAN, MODELS, RULES, ResNet, build, load_weights
 
-from aal.training import command_line, image_run
+from aal.training import command_line, run
 from aal.training.command_line import UserError, note
 from aal.training.descriptions import Description
-from aal.training.recipe import Recipe, add_recipe_flags
+from aal.training.image_recipe import ImageRecipe, add_image_recipe_flags
+from aal.training.image_run import ImageRun, add_arguments
 
 OPTIONS = ("model", "learning_rule", "ARA_stride", "lean", "gcp")
-RECIPE = Recipe(lr=0.05, scale_lr=True, epochs=100, batch_size=512, scheduler="cos", drop_epochs=30)
+RECIPE = ImageRecipe(
+    lr=0.05, scale_lr=True, epochs=100, batch_size=512, scheduler="cos", drop_epochs=30
+)
 WEIGHT_DECAY = {"sgd": 1e-4, "adam": 0.0}
 WARMUP_SHARE = {"cos": 0.1, "step": 0.0}  # of the epochs
 RECIPE_FLAGS = ("optimizer", "scheduler", "lr", "epochs", "batch_size", "amp", "seed")
@@ -53,8 +56,10 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_switch("--gcp", help="compute 1x1 convolutions and the stem twice as well")
     parser.add_switch("--actnn", help="not available yet")
-    image_run.add_arguments(parser, test_batch_size=512)
-    add_recipe_flags(parser, RECIPE_FLAGS, {"ResNets": RECIPE}, schedulers=tuple(WARMUP_SHARE))
+    add_arguments(parser, test_batch_size=512)
+    add_image_recipe_flags(
+        parser, RECIPE_FLAGS, {"ResNets": RECIPE}, schedulers=tuple(WARMUP_SHARE)
+    )
     args = parser.parse_args(arguments)
     if args.actnn:
         raise UserError("--actnn is not available yet; leave it out (--gcp saves memory exactly)")
@@ -85,7 +90,7 @@ def title(args: argparse.Namespace) -> str:
     return "_".join(words)
 
 
-def recipe(args: argparse.Namespace) -> Recipe:
+def recipe(args: argparse.Namespace) -> ImageRecipe:
     """Weight decay goes with the optimiser, warm-up with the schedule and the epochs."""
     given = vars(args)
     share = WARMUP_SHARE[given.get("scheduler", RECIPE.scheduler)]
@@ -119,10 +124,10 @@ def main(arguments: Sequence[str]) -> int:
         "learning_rule": "bp or ara" if plain else args.learning_rule,
         "ARA_stride": None if plain else args.ARA_stride,
     }
-    run = image_run.ImageRun(
-        args, recipe(args), options, function, title(args), build_for, load_weights
+    images_run = ImageRun(
+        args, recipe(args), options, function, title(args), load_weights, build_for
     )
-    return image_run.run(run, __file__, arguments)
+    return run.execute(images_run, __file__, arguments)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ import vit
 from aal.feed_forward import ACTIVATIONS
 from aal.training import command_line, patch_network
 from aal.training.command_line import Parser, fraction, positive_int
-from aal.training.recipe import Recipe
+from aal.training.image_recipe import ImageRecipe
 
-FROM_SCRATCH = Recipe(
+FROM_SCRATCH = ImageRecipe(
     optimizer="adam",
     lr=1e-3,
     min_lr=1e-5,
@@ -39,7 +39,7 @@ FROM_SCRATCH = Recipe(
     seed=42,
     cutmix_prob=0.8,
 )
-PUBLISHED = Recipe(
+PUBLISHED = ImageRecipe(
     lr=0.1,
     num_steps=1000,
     eval_every=100,

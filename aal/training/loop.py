@@ -1,16 +1,15 @@
-"""Training and evaluation of an image classifier, one pass over a loader at a time."""
+"""Training and evaluation of a model, one pass over a loader at a time, whatever it learns."""
 
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from aal.indicator import IndicatorRecorder
@@ -23,32 +22,61 @@ _INDICATOR_STEPS = 4  # sampled steps per epoch
 _CHECK_EVERY = 16  # steps between looks at the loss, each of which waits for the GPU
 
 
+class Task(Protocol):
+    """What a model learns. A batch is what the loader yields, and a part of one is a batch too.
+
+    Attributes:
+        unit: what the loss is a mean over, such as "samples".
+        is_even: in every step the batches of all processes have equally many of them.
+        measures: names of what is summed over them beside the loss.
+    """
+
+    unit: str
+    is_even: bool
+    measures: Sequence[str]
+
+    def on_device(self, batch: Any, device: torch.device) -> Any:
+        """The batch where the model is."""
+
+    def changed(self, batch: Any) -> Any:
+        """A batch on the device as it is to be learned, perhaps changed at random."""
+
+    def split(self, batch: Any, count: int) -> Sequence[Any]:
+        """At most ``count`` parts of a batch, none of them empty."""
+
+    def weight(self, batch: Any) -> int:
+        """How many units the batch has. Does not wait for the device."""
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Sequence[Tensor]]:
+        """The mean loss over the batch's units, and the sums over them of ``measures``."""
+
+
 @dataclass
 class Trainer:
     """A model and everything that its training step needs.
 
+    The gradient of a step is that of the mean loss over all units of all processes' batches.
+
     Args:
+        task: what is learned.
         model: perhaps wrapped for several processes.
         optimizer: its learning rate is set before every step.
         learning_rate: optimiser step -> learning rate.
         worker: device and processes.
         amp: "off", "bf16" or "fp16".
         recorder: Learning Indicators are sampled with it where it is given.
-        mix: changes a batch of images and labels before it is learned.
-        label_smoothing: share of each label spread over all classes.
         max_grad_norm: largest norm of all gradients together; 0 for any.
         accumulation: parts of a batch that go through the network one after the other. Loss and
             gradient stay those of the batch.
     """
 
+    task: Task
     model: nn.Module
     optimizer: torch.optim.Optimizer
     learning_rate: Callable[[int], float]
     worker: Worker
     amp: str = "off"
     recorder: IndicatorRecorder | None = None
-    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-    label_smoothing: float = 0.0
     max_grad_norm: float = 0.0
     accumulation: int = 1
     step: int = 0
@@ -57,7 +85,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.scaler = torch.amp.GradScaler(self.worker.device.type, enabled=self.amp == "fp16")
 
-    def measure_saved_mib(self, loader: DataLoader) -> float:
+    def measure_saved_mib(self, loader: Any) -> float:
         """MiB that autograd holds between forward and backward, per process.
 
         Takes the first batch of ``loader``, or the first part of it that goes through the network,
@@ -65,14 +93,14 @@ class Trainer:
         """
         model, device = self._bare_model().train(), self.worker.device
         with preserved(model), _autocast(device, self.amp):
-            batch = (tensor.to(device) for tensor in next(iter(loader)))
-            images, labels = (part.chunk(self.accumulation)[0] for part in batch)
-            held = saved_bytes(lambda: self._loss(model(images), labels))
+            batch = self.task.on_device(next(iter(loader)), device)
+            part = self.task.split(batch, self.accumulation)[0]
+            held = saved_bytes(lambda: self.task.loss(model, part))
         self.saved_mib = held / MIB
         return self.saved_mib
 
-    def train_epoch(self, loader: DataLoader, title: str) -> dict[str, float]:
-        """One pass over ``loader``; returns the means over its samples.
+    def train_epoch(self, loader: Any, title: str) -> dict[str, float]:
+        """One pass over ``loader``; returns the means over its units.
 
         Raises:
             UserError: the loss is not finite.
@@ -80,14 +108,12 @@ class Trainer:
         self.model.train()
         sampled = self._indicator_steps(len(loader))
         start = time.perf_counter()
-        totals = _Totals(self.worker)
-        for number, (images, labels) in enumerate(_batches(loader, title, totals, self.saved_mib)):
+        totals = _Totals(self.task, self.worker)
+        for number, batch in enumerate(_batches(loader, title, totals, self.saved_mib)):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate(self.step)
-            if self.mix is not None:
-                images, labels = self.mix(images, labels)
             self.optimizer.zero_grad(set_to_none=True)
-            loss = self._backward(images, labels, number in sampled, totals)
+            loss = self._backward(self.task.changed(batch), number in sampled, totals)
             if number % _CHECK_EVERY == 0:
                 self._check(loss, title)
             if self.max_grad_norm:
@@ -98,8 +124,8 @@ class Trainer:
             self.step += 1
         self._check(totals.loss, title)
         seconds = time.perf_counter() - start
-        means = totals.means()
-        return means | {"seconds": seconds, "samples_per_s": means.pop("samples") / seconds}
+        means, unit = totals.means(), self.task.unit
+        return means | {"seconds": seconds, f"{unit}_per_s": means.pop(unit) / seconds}
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on, apart from data and configuration.
@@ -130,27 +156,29 @@ class Trainer:
         if self.worker.device.type == "cuda" and "cuda" in rng:
             torch.cuda.set_rng_state(rng["cuda"], self.worker.device)
 
-    def _backward(self, images: Tensor, labels: Tensor, sampled: bool, totals: "_Totals") -> Tensor:
-        """Add the gradient of a batch's mean loss, part by part; returns that loss."""
-        parts = list(
-            zip(images.chunk(self.accumulation), labels.chunk(self.accumulation), strict=True)
-        )
-        whole = torch.zeros((), device=images.device)
-        for number, (x, y) in enumerate(parts, 1):
+    def _backward(self, batch: Any, sampled: bool, totals: "_Totals") -> Tensor:
+        """Add the gradient of a batch's loss, part by part; returns this process's share of it."""
+        parts, weight = self.task.split(batch, self.accumulation), self.task.weight
+        # The wrapper averages the gradients of the processes, whatever their weights.
+        mean = self._step_weight(weight(batch)) / self.worker.world_size
+        whole = torch.zeros((), device=self.worker.device)
+        for number, part in enumerate(parts, 1):
             alone = self.worker.world_size == 1 or number == len(parts)
             with nullcontext() if alone else self.model.no_sync():
                 recording = self.recorder.sampling() if sampled else nullcontext()
                 with recording, _autocast(self.worker.device, self.amp):
-                    logits = self.model(x)
-                    loss = self._loss(logits, y)
-                share = len(x) / len(images)
+                    loss, sums = self.task.loss(self.model, part)
+                share = weight(part) / mean
                 self.scaler.scale(loss * share).backward()
-            totals.add(loss, logits, y)
+            totals.add(loss, weight(part), sums)
             whole = whole + loss.detach() * share
         return whole
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+    def _step_weight(self, own: int) -> int:
+        """The weight of the step's batches of all processes together."""
+        if self.task.is_even or self.worker.world_size == 1:
+            return own * self.worker.world_size
+        return int(self.worker.sum(torch.tensor(own, device=self.worker.device)))
 
     def _bare_model(self) -> nn.Module:
         """The model without the wrapper for several processes."""
@@ -171,20 +199,19 @@ class Trainer:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: DataLoader, worker: Worker, amp: str, title: str
+    task: Task, model: nn.Module, loader: Any, worker: Worker, amp: str, title: str
 ) -> dict[str, float]:
-    """Loss, accuracy in per cent and number of samples over all processes.
+    """Means of the loss and of the task's measures, and number of units, over all processes.
 
     Raises:
         UserError: the loss is not finite.
     """
     model.eval()
-    totals = _Totals(worker)
-    for images, labels in _batches(loader, title, totals):
+    totals = _Totals(task, worker)
+    for batch in _batches(loader, title, totals):
         with _autocast(worker.device, amp):
-            logits = model(images)
-            loss = nn.functional.cross_entropy(logits, labels)
-        totals.add(loss, logits, labels)
+            loss, sums = task.loss(model, batch)
+        totals.add(loss, task.weight(batch), sums)
     means = totals.means()
     if not math.isfinite(means["loss"]):
         raise UserError(f"the loss is {means['loss']} ({title}): the weights are no good")
@@ -192,45 +219,50 @@ def evaluate(
 
 
 class _Totals:
-    """Sums over samples, on the device until they are asked for."""
+    """Sums over the units of a task, on the device until they are asked for."""
 
-    def __init__(self, worker: Worker):
-        self.worker = worker
-        self.loss, self.correct, self.samples = torch.zeros(
-            3, dtype=torch.float64, device=worker.device
+    def __init__(self, task: Task, worker: Worker):
+        self.task, self.worker = task, worker
+        self.loss, self.weight, *self.sums = torch.zeros(
+            2 + len(task.measures), dtype=torch.float64, device=worker.device
         )
 
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """``labels`` are classes, or shares of classes of which the largest counts."""
-        classes = labels if labels.dim() == 1 else labels.argmax(1)
-        self.loss = self.loss + loss.detach() * len(labels)
-        self.correct = self.correct + (logits.detach().argmax(1) == classes).sum()
-        self.samples = self.samples + len(labels)
+    def add(self, loss: Tensor, weight: int, sums: Sequence[Tensor]) -> None:
+        """A batch of a mean loss and of sums of the measures."""
+        self.loss = self.loss + loss.detach() * weight
+        self.weight = self.weight + weight
+        self.sums = [total + value for total, value in zip(self.sums, sums, strict=True)]
 
     def means(self) -> dict[str, float]:
-        sums = torch.stack([self.loss, self.correct, self.samples])
-        loss, correct, samples = self.worker.sum(sums).tolist()
-        return {"loss": loss / samples, "accuracy": 100 * correct / samples, "samples": samples}
+        """Over all processes."""
+        totals = torch.stack([self.loss, self.weight, *self.sums])
+        loss, weight, *sums = self.worker.sum(totals).tolist()
+        measures = zip(self.task.measures, sums, strict=True)
+        return {
+            "loss": loss / weight,
+            **{name: value / weight for name, value in measures},
+            self.task.unit: weight,
+        }
+
+    def __str__(self) -> str:
+        """Means of this process."""
+        names = ("loss", *self.task.measures)
+        values = zip(names, (self.loss, *self.sums), strict=True)
+        return ", ".join(f"{name} {value / self.weight:.4f}" for name, value in values)
 
 
 def _batches(
-    loader: DataLoader, title: str, totals: _Totals, saved_mib: float | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
+    loader: Any, title: str, totals: _Totals, saved_mib: float | None = None
+) -> Iterator[Any]:
     """Batches on the worker's device, under a progress bar where there is a terminal."""
-    worker = totals.worker
+    worker, task = totals.worker, totals.task
     saved = "" if saved_mib is None else f", saved {saved_mib:.1f} MiB"
     quiet = not (worker.is_main and sys.stderr.isatty())
-    count = len(loader.sampler)
-    with tqdm(total=count, desc=title, unit=" samples", leave=False, disable=quiet) as bar:
-        for images, labels in loader:
-            yield (
-                images.to(worker.device, non_blocking=True),
-                labels.to(worker.device, non_blocking=True),
-            )
-            if bar.update(len(labels)):
-                loss, correct, samples = totals.loss, totals.correct, totals.samples
-                means = f"loss {loss / samples:.4f}, {100 * correct / samples:.2f} %"
-                bar.set_postfix_str(means + saved, refresh=False)
+    with tqdm(total=len(loader), desc=title, unit=" steps", leave=False, disable=quiet) as bar:
+        for batch in loader:
+            yield task.on_device(batch, worker.device)
+            if bar.update():
+                bar.set_postfix_str(f"{totals}{saved}", refresh=False)
 
 
 def _autocast(device: torch.device, amp: str) -> torch.autocast:

@@ -9,17 +9,19 @@ from typing import Any
 
 from torch import nn
 
-from aal.method import LEAN, Method
-from aal.ops.derivative_code import DERIVATIVES
-from aal.rules.asa import SCALES
-from aal.rules.placement import RULES
-from aal.training import image_run
-from aal.training.command_line import Parser, UserError, note
+from aal.training import image_run, run
+from aal.training.command_line import Parser, note
 from aal.training.descriptions import Description
-from aal.training.recipe import Recipe, add_recipe_flags
+from aal.training.image_recipe import ImageRecipe, add_image_recipe_flags
+from aal.training.method_flags import (
+    OPTIONS,
+    add_method_flags,
+    method_arguments,
+    method_words,
+    note_inert_flags,
+    settle_lean,
+)
 
-_OPTIONS = ("model", "learning_rule", "lean", "gcp", "asa_scale", "derivative")
-_USUAL = Method()
 _RECIPE_FLAGS = (
     *("optimizer", "lr", "min_lr", "scheduler", "gamma", "warmup_epoch", "warmup_steps"),
     *("epochs", "num_steps", "eval_every", "batch_size", "gradient_accumulation_steps"),
@@ -44,7 +46,7 @@ class Family:
         model_flags: spellings of the flag that chooses one of ``MODELS``.
         recipes: of the network that is trained from scratch, which is the default, and of the
             published ones, each by what --help calls it.
-        recipe_flags: fields of ``Recipe`` with a flag beside those that all families have.
+        recipe_flags: fields of ``ImageRecipe`` with a flag beside those that all families have.
         add_sizes: adds the flags of the network's sizes, with no defaults.
         usual_sizes: model -> what these flags are when they are not given.
         architecture: (sizes by flag, pixels per side) -> changes of the model for ``build``, or
@@ -55,7 +57,7 @@ class Family:
 
     module: ModuleType
     model_flags: Sequence[str]
-    recipes: Mapping[str, Recipe]
+    recipes: Mapping[str, ImageRecipe]
     recipe_flags: Sequence[str]
     add_sizes: Callable[[Parser], None]
     usual_sizes: Callable[[str], Mapping[str, Any]]
@@ -71,145 +73,59 @@ def main(family: Family, script: str, description: str, arguments: Sequence[str]
     recipe = from_scratch if args.model == _small(family) else published
     usual = family.usual_sizes(args.model)
     sizes = {name: vars(args).get(name, value) for name, value in usual.items()}
-    _note_inert_flags(family, args, sizes["activation"])
+    note_inert_flags(args, sizes["activation"], family.has_attention)
+    if args.pretrained and "model_path" in args:
+        note("--pretrained does nothing with --model-path")
 
     def build_for(images: Description) -> nn.Module:
         network = family.module.build(
             args.model,
             num_classes=images.num_classes,
             in_channels=images.channels,
-            rule=args.learning_rule,
-            lean=args.lean,
-            gcp=args.gcp,
-            asa_scale=args.asa_scale,
-            derivative=args.derivative,
             image_size=images.size,
+            **method_arguments(args),
             **family.architecture(sizes, images.size),
         )
         if args.pretrained and not (args.resume or args.checkpoint or "model_path" in args):
             family.module.load_pretrained(network, args.pretrained)
         return network
 
-    options = {name: getattr(args, name) for name in _OPTIONS} | sizes
+    options = {name: getattr(args, name) for name in ("model", *OPTIONS)} | sizes
     options["pretrained"] = args.pretrained and args.pretrained.name
     # Images of one size are other numbers when they were brought to it.
     size = vars(args).get("img_size", recipe.img_size) or "of the data"
     function = {"model": args.model, "img_size": size, **sizes}
     function["learning_rule"] = args.learning_rule
     del function["dropout"]
-    words = [*_title(args), *image_run.changes(sizes, usual)]
-    run = image_run.ImageRun(
-        args,
-        recipe,
-        options,
-        function,
-        "_".join(words),
-        build_for,
-        family.module.load_weights,
-    )
-    return image_run.run(run, script, arguments)
+    words = [args.model, *method_words(args), *(["pretrained"] if args.pretrained else [])]
+    title = "_".join([*words, *run.changes(sizes, usual)])
+    load_weights = family.module.load_weights
+    images_run = image_run.ImageRun(args, recipe, options, function, title, load_weights, build_for)
+    return run.execute(images_run, script, arguments)
 
 
 def parse_args(family: Family, description: str, arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line; raises ``UserError`` for what cannot be meant."""
-    module, absent = family.module, argparse.SUPPRESS
+    module = family.module
     parser = Parser(prog="train.py", description=description)
     add = parser.add_argument
     help = "network"
     add(*family.model_flags, dest="model", choices=module.MODELS, default=_small(family), help=help)
     family.add_sizes(parser)
-    add("--learning-rule", choices=RULES, default="bp", help="rule of the weight gradients")
-    help = (
-        "off for PyTorch's layers; exact computes norms and activations again; approx keeps two "
-        "bits of an activation's derivative (ReLU: one, exactly), which approximates gradients; "
-        "if not given, off for bp without --gcp and exact otherwise"
-    )
-    add("--lean", choices=LEAN, default=absent, help=help)
-    parser.add_switch("--gcp", help="compute more in backward again, exactly, to save memory")
-    help = "size of ASA's sign code: a constant, or the mean of what it stands for"
-    add(
-        "--asa-scale",
-        choices=SCALES,
-        default=absent,
-        help=f"{help}; if not given, {_USUAL.asa_scale}",
-    )
-    help = "table of --lean approx"
-    add(
-        "--derivative",
-        choices=tuple(DERIVATIVES),
-        default=absent,
-        help=f"{help}; if not given, {_USUAL.derivative}",
-    )
+    add_method_flags(parser)
     help = "published weights to start from, a .npz file"
     flags = ("--pretrained", "--pretrained-dir")
-    add(*flags, type=Path, metavar="FILE", default=absent, help=help)
-    help = "name of the run's own folder; if not given, it tells data, network and settings"
-    add("--name", type=_folder_name, default=absent, help=help)
+    add(*flags, type=Path, metavar="FILE", default=argparse.SUPPRESS, help=help)
+    run.add_name(parser)
     image_run.add_arguments(parser, test_batch_size=1024)
-    add_recipe_flags(parser, (*_RECIPE_FLAGS, *family.recipe_flags), family.recipes)
+    add_image_recipe_flags(parser, (*_RECIPE_FLAGS, *family.recipe_flags), family.recipes)
     parser.reject(_REJECTED | family.rejected)
     args = parser.parse_args(arguments)
     args.pretrained = vars(args).get("pretrained")
-    if "lean" not in args:
-        args.lean = _usual_lean(args)
-    elif args.gcp and args.lean == "off":
-        raise UserError("--gcp builds on --lean exact; leave out --lean off or --gcp")
+    settle_lean(args)
     return args
-
-
-def _note_inert_flags(family: Family, args: argparse.Namespace, activation: str) -> None:
-    """Tell the user of flags that change nothing, and give them their usual values."""
-    rule, is_approx = args.learning_rule, args.lean == "approx"
-    for flag, name, matters, where in (
-        ("--asa-scale", "asa_scale", rule.startswith("asa"), f"under --learning-rule {rule}"),
-        ("--derivative", "derivative", is_approx, "without --lean approx"),
-        ("--derivative", "derivative", activation != "relu", "for ReLU, whose code is exact"),
-    ):
-        if name in args and not matters and getattr(args, name) != getattr(_USUAL, name):
-            note(f"{flag} does nothing {where}")
-            setattr(args, name, getattr(_USUAL, name))
-        elif name not in args:
-            setattr(args, name, getattr(_USUAL, name))
-    if args.gcp and is_approx and not family.has_attention:
-        note("--gcp does nothing under --lean approx without attention")
-        args.gcp = False
-    if args.pretrained and "model_path" in args:
-        note("--pretrained does nothing with --model-path")
-    if rule == "bp" and is_approx:
-        note("--lean approx keeps more than --lean exact does under --learning-rule bp")
-    if rule != "bp" and args.lean == "exact" and activation != "relu":
-        note(
-            f"--learning-rule {rule} keeps no less than bp does under --lean exact with "
-            f"{activation}; --lean approx lets it"
-        )
 
 
 def _small(family: Family) -> str:
     """The network that is trained from scratch."""
     return next(iter(family.recipes))
-
-
-def _usual_lean(args: argparse.Namespace) -> str:
-    return "off" if args.learning_rule == "bp" and not args.gcp else "exact"
-
-
-def _title(args: argparse.Namespace) -> list[str]:
-    """Names of network and rule, for the run's folder."""
-    words = [args.model, args.learning_rule]
-    if args.gcp:
-        words.append("gcp")
-    if args.lean != _usual_lean(args):
-        words.append(f"lean-{args.lean}")
-    if args.asa_scale != _USUAL.asa_scale:
-        words.append(f"asa-scale-{args.asa_scale}")
-    if args.derivative != _USUAL.derivative:
-        words.append(f"derivative-{args.derivative}")
-    if args.pretrained:
-        words.append("pretrained")
-    return words
-
-
-def _folder_name(text: str) -> str:
-    if text in ("", "..") or Path(text).name != text:
-        raise argparse.ArgumentTypeError(f"must name a folder without its parents, got {text!r}")
-    return text

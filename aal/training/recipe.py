@@ -5,12 +5,11 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 
-from aal.training.augmentation import Mixing
 from aal.training.command_line import (
     Parser,
     UserError,
@@ -35,13 +34,11 @@ class Recipe:
     Exactly one of ``epochs`` and ``num_steps`` is given, and at most one of the two warm-ups.
 
     Args:
-        lr: largest step size. With ``scale_lr`` it belongs to ``batch_size`` images per step and
-            grows with them (Goyal et al., 2017).
+        lr: largest step size.
         eval_every: steps between validations; goes with ``num_steps``.
         drop_epochs: "step" lowers the rate every so many epochs; None means at half and at three
             quarters of the run.
-        img_size: pixels per side to bring images to; None keeps their size.
-        cutmix_beta, cutmix_prob: see ``Mixing``; of mixup as well.
+        adam_epsilon: what Adam adds to the root of the mean of squared gradients.
     """
 
     optimizer: str = "sgd"
@@ -61,25 +58,14 @@ class Recipe:
     warmup_steps: int | None = None
     beta1: float = 0.9
     beta2: float = 0.999
+    adam_epsilon: float = 1e-8
     momentum: float = 0.9
     off_nesterov: bool = True
     weight_decay: float = 0.0
     max_grad_norm: float = 0.0
     label_smoothing: float = 0.0
-    img_size: int | None = None
-    autoaugment: bool = False
-    cutmix: bool = False
-    mixup: bool = False
-    cutmix_beta: float = 1.0
-    cutmix_prob: float = 0.0
-    scale_lr: bool = False
 
-    def for_batch_size(self, batch_size: int) -> "Recipe":
-        """The same recipe for another number of images per step."""
-        lr = self.lr * (batch_size / self.batch_size) if self.scale_lr else self.lr
-        return replace(self, batch_size=batch_size, lr=lr)
-
-    def followed(self, args: argparse.Namespace) -> "Recipe":
+    def followed(self, args: argparse.Namespace) -> Self:
         """This recipe with the flags that were given in place of its values.
 
         Raises:
@@ -106,17 +92,15 @@ class Recipe:
         if changed.min_lr > changed.lr:
             raise UserError(f"--min-lr {changed.min_lr} is above --lr {changed.lr}")
         for name in given:
-            changed._note_if_inert(name)
+            changed.note_if_inert(name)
         return changed
 
-    def _note_if_inert(self, name: str) -> None:
+    def note_if_inert(self, name: str) -> None:
         """Tell the user of a flag that changes nothing beside the other settings."""
         if name in _GOES_WITH:
             setting, kinds = _GOES_WITH[name]
             if (value := getattr(self, setting)) not in kinds:
                 note(f"{_flag(name)} does nothing under {_flag(setting)} {value}")
-        if name == "cutmix_beta" and not self.cutmix_prob:
-            note("--cutmix-beta does nothing without --cutmix-prob")
 
     @property
     def rounds(self) -> int:
@@ -154,7 +138,11 @@ class Recipe:
     def optimizer_of(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         if self.optimizer == "adam":
             return torch.optim.Adam(
-                parameters, self.lr, (self.beta1, self.beta2), weight_decay=self.weight_decay
+                parameters,
+                self.lr,
+                (self.beta1, self.beta2),
+                self.adam_epsilon,
+                weight_decay=self.weight_decay,
             )
         return torch.optim.SGD(
             parameters,
@@ -163,11 +151,6 @@ class Recipe:
             weight_decay=self.weight_decay,
             nesterov=self.momentum > 0 and not self.off_nesterov,
         )
-
-    def mixing(self, num_classes: int) -> Mixing | None:
-        if not self.cutmix_prob or not (self.cutmix or self.mixup):
-            return None
-        return Mixing(num_classes, self.cutmix, self.mixup, self.cutmix_beta, self.cutmix_prob)
 
 
 # Fields that matter for some values of another alone.
@@ -180,10 +163,13 @@ _GOES_WITH = {
     "min_lr": ("scheduler", ("cosine", "linear")),
 }
 
-# Spellings, what argparse is told, and what --help says; the default follows there.
-_FLAGS: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
+Flag = tuple[tuple[str, ...], dict[str, Any], str]
+
+# Spellings beside the field's name, what argparse is told, and what --help says. Without a type or
+# choices the flag is a switch. The value if not given follows, or takes the place of {usual}.
+FLAGS: dict[str, Flag] = {
     "optimizer": ((), {"choices": OPTIMIZERS}, "update rule"),
-    "scheduler": (("--decay-type",), {}, "course of the step size"),
+    "scheduler": (("--decay-type",), {"choices": SCHEDULERS}, "course of the step size"),
     "lr": (("--learning-rate",), {"type": positive_float}, "largest step size"),
     "min_lr": ((), {"type": non_negative_float}, "step size at the end, of cosine and linear"),
     "gamma": (
@@ -197,14 +183,9 @@ _FLAGS: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
         "epochs in which the step size rises",
     ),
     "warmup_steps": ((), {"type": non_negative_int}, "the same in steps"),
-    "epochs": (("--max-epochs",), {"type": positive_int}, "passes over the training images"),
+    "epochs": (("--max-epochs",), {"type": positive_int}, "passes over the training part"),
     "num_steps": ((), {"type": positive_int}, "length of the run in steps instead of epochs"),
     "eval_every": ((), {"type": positive_int}, "steps between validations with --num-steps"),
-    "batch_size": (
-        ("--train-batch-size",),
-        {"type": positive_int},
-        "images per step, all devices together",
-    ),
     "gradient_accumulation_steps": (
         (),
         {"type": positive_int},
@@ -213,6 +194,7 @@ _FLAGS: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
     "beta1": ((), {"type": fraction}, "decay of Adam's mean of gradients"),
     "beta2": ((), {"type": fraction}, "decay of Adam's mean of squared gradients"),
     "momentum": ((), {"type": fraction}, "share of its last step that sgd repeats"),
+    "off_nesterov": ((), {}, "sgd without looking ahead by its momentum"),
     "weight_decay": ((), {"type": non_negative_float}, "share of the weights added to gradients"),
     "max_grad_norm": (
         ("--clip-grad",),
@@ -224,22 +206,8 @@ _FLAGS: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
         {"type": fraction, "nargs": "?", "const": 0.1, "metavar": "SHARE"},
         "share of each label spread over all classes, 0.1 if the flag has no value",
     ),
-    "img_size": (
-        ("--image-size",),
-        {"type": positive_int},
-        "pixels per side to bring images to, in training by crops of 5 to 100 %%; else they keep "
-        "their size",
-    ),
-    "cutmix_beta": ((), {"type": positive_float}, "spread of the share that --cutmix-prob pastes"),
-    "cutmix_prob": ((), {"type": probability}, "share of the steps that paste image into image"),
     "amp": ((), {"choices": tuple(AMP_DTYPES)}, "mixed precision"),
     "seed": ((), {"type": non_negative_int}, "random seed"),
-}
-_SWITCHES = {
-    "off_nesterov": "sgd without looking ahead by its momentum",
-    "autoaugment": "change training images by AutoAugment's policy for the data set",
-    "cutmix": "paste image into image on 80 %% of the steps",
-    "mixup": "average image with image on 80 %% of the steps; with --cutmix, one at random",
 }
 
 
@@ -247,28 +215,22 @@ def add_recipe_flags(
     parser: Parser,
     names: Sequence[str],
     recipes: Mapping[str, Recipe],
-    schedulers: Sequence[str] = SCHEDULERS,
+    flags: Mapping[str, Flag] = FLAGS,
 ) -> None:
     """Add the flags of some fields of ``Recipe``. Absent flags leave no trace in the result.
 
     Args:
         names: fields.
         recipes: whose values --help gives as defaults, by what they are for.
-        schedulers: choices of ``--scheduler``.
+        flags: like ``FLAGS``.
     """
     for name in names:
-        if name in _SWITCHES:
-            help = f"{_SWITCHES[name]}; if not given, {_defaults(name, recipes)}"
+        aliases, keywords, help = flags[name]
+        help = help if "{usual}" in help else f"{help}; if not given, {{usual}}"
+        help = help.replace("{usual}", _defaults(name, recipes))
+        if not keywords:
             parser.add_switch(_flag(name), help=help, default=argparse.SUPPRESS)
             continue
-        aliases, keywords, help = _FLAGS[name]
-        if name == "scheduler":
-            keywords = {"choices": schedulers}
-        help = f"{help}; if not given, {_defaults(name, recipes)}"
-        if name == "batch_size":
-            help += ", for digits 32"
-        elif name == "lr" and all(recipe.scale_lr for recipe in recipes.values()):
-            help += ", in proportion to the images per step"
         parser.add_argument(_flag(name), *aliases, default=argparse.SUPPRESS, help=help, **keywords)
 
 

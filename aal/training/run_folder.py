@@ -3,6 +3,7 @@
 import json
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from aal.training.files import (
     write_text,
 )
 
+_ONLY_TO_RESUME = ("optimizer", "scaler", "rng", "step")  # of the full state
+
 
 class RunFolder:
     """``<output>/<experiment>/``; every file in it is written whole or not at all.
@@ -25,10 +28,13 @@ class RunFolder:
     Args:
         output: parent folder.
         experiment: name that tells the run apart.
+        metric: what says which epoch is best, such as "accuracy".
+        columns: metrics of an epoch that go into the table ``<experiment>.npy``.
     """
 
-    def __init__(self, output: Path, experiment: str):
+    def __init__(self, output: Path, experiment: str, metric: str, columns: Sequence[str]):
         self.path, self.experiment = output / experiment, experiment
+        self.best_metric, self.columns = f"best_{metric}", columns
         self.metrics: list[dict[str, Any]] = []
         self.indicators: list[np.ndarray] = []
 
@@ -69,7 +75,7 @@ class RunFolder:
             config = json.loads((self.path / "config.json").read_text())
         except (OSError, ValueError):
             return False
-        return not foreign and isinstance(config, dict) and "dataset" in config
+        return not foreign and isinstance(config, dict) and "get_li" in config
 
     def start(self, config: dict[str, Any]) -> None:
         """Create the folder and record what runs, and where."""
@@ -87,7 +93,7 @@ class RunFolder:
             UserError: a file is damaged, or belongs to a run with other settings.
         """
         state = read_checkpoint(self.last)
-        if not {"config", "epoch", "best_accuracy"} <= set(state):
+        if not {"config", "epoch", self.best_metric} <= set(state):
             raise UserError(f"{self.last} is not the state of a run")
         check_agrees(self.last, state["config"], config)
         epochs = state["epoch"]
@@ -112,15 +118,15 @@ class RunFolder:
         self.metrics.append(row)
         lines = "".join(json.dumps(metrics, allow_nan=False) + "\n" for metrics in self.metrics)
         write_text(self.path / "metrics.jsonl", lines)
-        columns = ("train_accuracy", "val_accuracy", "train_loss", "val_loss")
-        table = [[metrics[column] for column in columns] for metrics in self.metrics]
+        table = [[metrics[column] for column in self.columns] for metrics in self.metrics]
         write_array(self.path / f"{self.experiment}.npy", np.array(table))
         if indicator is not None:
             self.indicators.append(indicator)
             write_array(self._indicator_file, _stacked(self.indicators))
         if best:
-            kept = ("model", "config", "function", "epoch", "val_accuracy")
-            write_checkpoint(self.best, {name: state[name] for name in kept})
+            left_out = {*_ONLY_TO_RESUME, self.best_metric}
+            kept = {name: value for name, value in state.items() if name not in left_out}
+            write_checkpoint(self.best, kept)
         write_checkpoint(self.last, state)
 
     def finish(self, test: dict[str, Any]) -> None:

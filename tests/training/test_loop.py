@@ -1,14 +1,19 @@
-"""One training step: parts of batches, clipping, smoothed and mixed labels."""
+"""One training step: parts of batches, clipping, unequal weights, smoothed and mixed labels."""
+
+import contextlib
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from aal.training.classification import Classification
 from aal.training.devices import Worker
-from aal.training.loop import Trainer
+from aal.training.loop import Trainer, evaluate
 
 CPU = Worker(torch.device("cpu"))
+TASK, SMOOTHED = Classification(), Classification(label_smoothing=0.1)
 
 
 def _loader(count: int) -> DataLoader:
@@ -17,19 +22,21 @@ def _loader(count: int) -> DataLoader:
     return DataLoader(TensorDataset(images, torch.randint(5, (count,))), 10)
 
 
-def _trained(loader: DataLoader, lr: float = 0.1, **kwargs) -> tuple[nn.Module, dict]:
+def _trained(
+    loader: DataLoader, lr: float = 0.1, task: Classification = SMOOTHED, **kwargs
+) -> tuple[nn.Module, dict]:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.Tanh(), nn.Linear(8, 5)).double()
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
-    trainer = Trainer(model, optimizer, lambda step: lr, CPU, **kwargs)
+    trainer = Trainer(task, model, optimizer, lambda step: lr, CPU, **kwargs)
     return model, trainer.train_epoch(loader, "")
 
 
 @pytest.mark.parametrize("parts", [2, 3, 10])
 def test_parts_of_a_batch_have_its_loss_and_gradient(parts: int):
     loader = _loader(17)  # the last seven do not divide into equal parts
-    whole, expected = _trained(loader, label_smoothing=0.1, max_grad_norm=0.3)
-    split, found = _trained(loader, label_smoothing=0.1, max_grad_norm=0.3, accumulation=parts)
+    whole, expected = _trained(loader, max_grad_norm=0.3)
+    split, found = _trained(loader, max_grad_norm=0.3, accumulation=parts)
     for ours, theirs in zip(split.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-12)
@@ -56,7 +63,8 @@ def test_the_loss_of_smoothed_and_mixed_labels():
     images, labels = next(iter(loader))
     mixed = torch.full((10, 5), 0.1, dtype=torch.float64)
     mixed[torch.arange(10), labels] = 0.6
-    model, found = _trained(loader, lr=0.0, label_smoothing=0.2, mix=lambda x, y: (x, mixed))
+    task = Classification(label_smoothing=0.2, mix=lambda x, y: (x, mixed))
+    model, found = _trained(loader, lr=0.0, task=task)
     log = model(images).log_softmax(1)
     targets = 0.8 * mixed + 0.2 / 5
     assert found["loss"] == pytest.approx(-(targets * log).sum(1).mean().item(), rel=1e-12)
@@ -68,22 +76,110 @@ def test_the_loss_of_smoothed_and_mixed_labels():
 def test_every_process_continues_with_its_own_random_state(rank: int):
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    state = Trainer(model, optimizer, lambda step: 0.1, CPU).state()
+    state = Trainer(TASK, model, optimizer, lambda step: 0.1, CPU).state()
     state["rng"] = []
     for seed in (3, 4):
         torch.manual_seed(seed)
         state["rng"].append({"cpu": torch.get_rng_state()})
     worker = Worker(torch.device("cpu"), rank, world_size=2)
-    Trainer(model, optimizer, lambda step: 0.1, worker).load_state(state)
+    Trainer(TASK, model, optimizer, lambda step: 0.1, worker).load_state(state)
     assert torch.equal(torch.get_rng_state(), state["rng"][rank]["cpu"])
 
 
 def test_another_number_of_processes_draws_its_own_random_numbers():
     model = nn.Linear(2, 2)
-    trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), lambda step: 0.1, CPU)
+    trainer = Trainer(TASK, model, torch.optim.SGD(model.parameters(), 0.1), lambda step: 0.1, CPU)
     state = trainer.state()
     state["rng"] *= 2
     torch.manual_seed(3)
     before = torch.get_rng_state()
     trainer.load_state(state)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Words:
+    """A task of rows that hold unequal numbers of words: the mean over words of a row's loss."""
+
+    unit, is_even, measures = "words", False, ("output",)
+
+    def on_device(self, batch: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+        return batch
+
+    def changed(self, batch: Sequence[Tensor]) -> Sequence[Tensor]:
+        return batch
+
+    def split(self, batch: Sequence[Tensor], count: int) -> Sequence[Sequence[Tensor]]:
+        return list(zip(*(tensor.chunk(count) for tensor in batch), strict=True))
+
+    def weight(self, batch: Sequence[Tensor]) -> int:
+        return int(batch[1].sum())
+
+    def loss(self, model: nn.Module, batch: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        rows, words = batch
+        outputs = model(rows)[:, 0] * words
+        return outputs.square().sum() / words.sum(), [outputs.detach().sum()]
+
+
+ROWS = torch.arange(21, dtype=torch.float64).reshape(7, 3).sin()
+WORDS = torch.tensor([5, 1, 9, 2, 2, 7, 30])
+
+
+class OfTwo(nn.Linear):
+    """What a process sees of the wrapper for two processes, which halves the sum of gradients."""
+
+    def no_sync(self):
+        return contextlib.nullcontext()
+
+
+def _words_model(kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
+    model = kind(3, 1).double()
+    nn.init.constant_(model.weight, 0.3)
+    nn.init.constant_(model.bias, -0.1)
+    return model
+
+
+def _gradient_of_words(worker: Worker, rows: slice, accumulation: int) -> tuple[Tensor, float]:
+    """Of one process's rows, and the mean loss that it reports."""
+    model = _words_model(OfTwo)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    trainer = Trainer(Words(), model, optimizer, lambda step: 0.0, worker)
+    trainer.accumulation = accumulation
+    found = trainer.train_epoch([(ROWS[rows], WORDS[rows])], "")
+    assert "words_per_s" in found
+    return nn.utils.parameters_to_vector(p.grad for p in model.parameters()), found["loss"]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 3, 7])
+def test_the_gradient_is_that_of_the_mean_over_all_units(accumulation: int, monkeypatch):
+    model = _words_model()
+    loss, _ = Words().loss(model, (ROWS, WORDS))
+    expected = nn.utils.parameters_to_vector(torch.autograd.grad(loss, model.parameters()))
+    alone, mean = _gradient_of_words(CPU, slice(None), accumulation)
+    torch.testing.assert_close(alone, expected, rtol=1e-12, atol=0)
+    assert mean == pytest.approx(loss.item(), rel=1e-12)
+    # Two processes, whose wrapper takes the mean of their gradients.
+    monkeypatch.setattr(Worker, "sum", _sum_of_two())
+    parts = [
+        _gradient_of_words(Worker(torch.device("cpu"), rank, world_size=2), rows, accumulation)[0]
+        for rank, rows in enumerate((slice(0, 5), slice(5, 7)))
+    ]
+    torch.testing.assert_close((parts[0] + parts[1]) / 2, expected, rtol=1e-12, atol=0)
+
+
+def _sum_of_two() -> Callable[[Worker, Tensor], Tensor]:
+    """``Worker.sum`` that knows the other process's words."""
+
+    def total(self: Worker, values: Tensor) -> Tensor:
+        return WORDS.sum() if values.dim() == 0 else values
+
+    return total
+
+
+def test_scores_are_means_over_units():
+    model = _words_model()
+    loader = [(ROWS[:3], WORDS[:3]), (ROWS[3:], WORDS[3:])]
+    found = evaluate(Words(), model, loader, CPU, "off", "")
+    loss, (outputs,) = Words().loss(model, (ROWS, WORDS))
+    assert found["loss"] == pytest.approx(loss.item(), rel=1e-12)
+    assert found["output"] == pytest.approx(outputs.item() / 56, rel=1e-12)
+    assert found["words"] == 56

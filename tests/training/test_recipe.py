@@ -1,21 +1,25 @@
 """Recipes, and the flags that change them."""
 
 import argparse
+from dataclasses import replace
 
 import pytest
 import torch
 
 from aal.training.command_line import Parser, UserError
-from aal.training.recipe import Recipe, add_recipe_flags
+from aal.training.image_recipe import ImageRecipe, add_image_recipe_flags
+from aal.training.recipe import Recipe
 
-RECIPE = Recipe(lr=0.1, epochs=8, warmup_epoch=2, eval_every=100, batch_size=4, beta2=0.9)
+RECIPE = ImageRecipe(lr=0.1, epochs=8, warmup_epoch=2, eval_every=100, batch_size=4, beta2=0.9)
 NAMES = ("optimizer", "lr", "min_lr", "epochs", "num_steps", "eval_every", "warmup_epoch")
 NAMES += ("warmup_steps", "label_smoothing", "cutmix")
 
 
 def _args(*words: str) -> argparse.Namespace:
     parser = Parser(prog="train.py")
-    add_recipe_flags(parser, NAMES, {"small": RECIPE, "large": Recipe(lr=0.3, batch_size=4)})
+    add_image_recipe_flags(
+        parser, NAMES, {"small": RECIPE, "large": ImageRecipe(lr=0.3, batch_size=4)}
+    )
     return parser.parse_args(words)
 
 
@@ -60,7 +64,7 @@ def test_contradictions_are_refused(words: tuple[str, ...], text: str):
 
 def test_the_step_size_grows_with_the_batch_where_the_recipe_says_so():
     assert RECIPE.for_batch_size(8).lr == 0.1
-    scaled = Recipe(lr=0.1, batch_size=4, epochs=1, scale_lr=True).for_batch_size(8)
+    scaled = ImageRecipe(lr=0.1, batch_size=4, epochs=1, scale_lr=True).for_batch_size(8)
     assert (scaled.lr, scaled.batch_size) == (0.2, 8)
 
 
@@ -72,15 +76,19 @@ def test_optimisers_have_the_recipes_numbers():
     recipe = Recipe(lr=0.1, epochs=1, batch_size=4, off_nesterov=False)
     assert recipe.optimizer_of(parameters).defaults["nesterov"]
     recipe = Recipe(lr=0.1, epochs=1, batch_size=4, optimizer="adam", beta1=0.7, weight_decay=0.5)
-    adam = recipe.optimizer_of(parameters)
+    assert recipe.optimizer_of(parameters).defaults["eps"] == 1e-8
+    adam = replace(recipe, adam_epsilon=1e-9).optimizer_of(parameters)
+    assert adam.defaults["eps"] == 1e-9
     assert type(adam) is torch.optim.Adam  # whose weight decay is L2
     assert adam.defaults["betas"] == (0.7, 0.999) and adam.defaults["weight_decay"] == 0.5
 
 
 def test_help_gives_the_default_of_each_network():
     parser = Parser(prog="train.py")
-    large = Recipe(lr=0.3, num_steps=9, batch_size=4)
-    add_recipe_flags(parser, ("lr", "epochs", "num_steps", "seed"), {"a": RECIPE, "b-*": large})
+    large = ImageRecipe(lr=0.3, num_steps=9, batch_size=4)
+    add_image_recipe_flags(
+        parser, ("lr", "epochs", "num_steps", "seed"), {"a": RECIPE, "b-*": large}
+    )
     text = " ".join(parser.format_help().split())
     assert "if not given, 0.1 for a, 0.3 for b-*" in text
     assert "if not given, 8 for a " in text and "if not given, 9 for b-*" in text
