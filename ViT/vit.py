@@ -21,10 +21,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from aal.attention import SelfAttention
 from aal.feed_forward import FeedForward
-from aal.lean import replay
 from aal.method import Method
 from aal.patch_embedding import PatchEmbedding
 from aal.pretrained import (
@@ -72,8 +71,6 @@ class Architecture:
     embedding_std: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.heads < 1 or self.width % self.heads:
-            raise ValueError(f"{self.heads} heads do not divide a width of {self.width}")
         if self.attention_scale not in ("head", "width"):
             raise ValueError(f"attention_scale is head or width, not {self.attention_scale!r}")
 
@@ -100,47 +97,14 @@ MODELS: dict[str, Architecture] = {
 }
 
 
-class Attention(nn.Module):
-    """Self-attention; queries, keys and values share one linear layer, and one code of its input.
-
-    The kernel of attention keeps its own output, which is the input of ``proj``, and ``gcp`` keeps
-    neither: a rule on ``proj`` (level 3) saves nothing.
-    """
-
-    def __init__(self, sizes: Architecture, method: Method):
-        super().__init__()
-        width = sizes.width
-        self.heads, self.method = sizes.heads, method
-        self.scale = 1 / math.sqrt(
-            width // sizes.heads if sizes.attention_scale == "head" else width
-        )
-        self.qkv = method.linear(4, width, 3 * width, projections=3)
-        self.proj = method.linear(3, width, width)
-
-    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """(B, T, C) -> (B, T, C), of ``norm(x)``."""
-        qkv = replay(x, norm, self.qkv) if self.method.is_lean else self.qkv(norm(x))
-        if self.method.gcp:
-            return checkpoint(self._attend, qkv, use_reentrant=False, preserve_rng_state=False)
-        return self._attend(qkv)
-
-    def stock_forward(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """Layer by layer; see ``aal.memory.report``."""
-        return self._attend(self.qkv(norm(x)))
-
-    def _attend(self, qkv: Tensor) -> Tensor:
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
-        y = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        return self.proj(y.transpose(1, 2).flatten(2))
-
-
 class Block(nn.Module):
     """``x + attention(norm(x))``, then ``x + feed_forward(norm(x))``."""
 
     def __init__(self, sizes: Architecture, method: Method):
         super().__init__()
         self.norm1 = nn.LayerNorm(sizes.width, sizes.norm_eps)
-        self.attn = Attention(sizes, method)
+        scale = 1 / math.sqrt(sizes.width) if sizes.attention_scale == "width" else None
+        self.attn = SelfAttention(sizes.width, sizes.heads, method, scale=scale)
         self.drop = method.dropout(sizes.dropout)
         self.norm2 = nn.LayerNorm(sizes.width, sizes.norm_eps)
         self.mlp = FeedForward(

@@ -21,6 +21,7 @@ FLOORS = {
     "aal/patch_embedding.py": (),
     "aal/method.py": ("aal.ops", "aal.rules", "aal.lean"),
     "aal/feed_forward.py": ("aal.ops", "aal.rules", "aal.lean", "aal.method"),
+    "aal/attention.py": ("aal.ops", "aal.rules", "aal.lean", "aal.method"),
     "aal/__init__.py": ("aal.ops", "aal.rules", "aal.lean", "aal.indicator", "aal.memory"),
     "aal/training": ("aal",),
 }
