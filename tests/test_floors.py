@@ -26,8 +26,12 @@ FLOORS = {
     "aal/training": ("aal",),
 }
 MODEL_FOLDERS = sorted(path.parent for path in ROOT.glob("*/train.py"))
+DATA_FILES = [ROOT / "Transformer" / f"{name}.py" for name in ("corpora", "cldr", "tokens", "data")]
 MODEL_FILES = [
-    path for folder in MODEL_FOLDERS for path in folder.glob("*.py") if path.name != "train.py"
+    path
+    for folder in MODEL_FOLDERS
+    for path in folder.glob("*.py")
+    if path.name != "train.py" and path not in DATA_FILES
 ]
 
 
@@ -79,8 +83,17 @@ def test_model_imports_only_torch_and_the_layers(path):
     assert not wrong
 
 
+@pytest.mark.parametrize("path", DATA_FILES, ids=lambda path: path.name)
+def test_text_data_use_training_but_no_model_except_for_the_ids_of_special_tokens(path):
+    siblings = ("transformer", *(file.stem for file in DATA_FILES))
+    packages = ("torch", "numpy", "spacy", "babel", "tokenizers", "aal.training")
+    allowed = (*packages, *siblings, *sys.stdlib_module_names)
+    assert not [module for module in imports_of(path) if not is_within(module, allowed)]
+
+
 def test_package_imports_no_model():
-    models = tuple(path.stem for path in MODEL_FILES) + tuple(f.name for f in MODEL_FOLDERS)
+    models = tuple(path.stem for path in MODEL_FILES + DATA_FILES)
+    models += tuple(f.name for f in MODEL_FOLDERS)
     wrong = [
         f"{path.relative_to(ROOT)} imports {module}"
         for path in (ROOT / "aal").rglob("*.py")
@@ -92,6 +105,7 @@ def test_package_imports_no_model():
 
 def test_importing_the_package_stays_light():
     heavy = ["triton", "torchvision", "matplotlib", "sklearn"]
+    heavy += ["spacy", "babel", "sacrebleu", "tokenizers"]
     code = f"import sys, aal; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT

@@ -1,0 +1,374 @@
+"""Texts as ids: prepared once, kept in a cache, and served in batches of like lengths."""
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+
+import corpora
+import numpy as np
+import tokens
+import torch
+from corpora import Files, Pair
+from tokens import Tokenizer, WordCollector
+from torch import Tensor
+from transformer import END, PAD, START
+
+from aal.training.command_line import UserError, note
+from aal.training.devices import Worker
+from aal.training.files import write_whole
+
+_FORMAT = 1  # of the cache, and of how texts are read: raised whenever either changes
+_CHUNK = 10_000  # texts that are held as strings at a time
+_POOL = 20_000  # pairs that are sorted by length at a time
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides how texts become ids."""
+
+    dataset: str  # one of corpora.NAMES
+    direction: str = "G2E"  # or E2G
+    tokenizer: str = "words"  # or bpe
+    min_freq: int = 2  # of words
+    vocab_size: int = 16_000  # of bpe, for each language
+    max_length: int = 100  # tokens; longer training pairs are left out
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The ids of many texts in one array: text ``i`` is ``flat[offsets[i]:offsets[i + 1]]``."""
+
+    flat: np.ndarray  # (tokens,) int32
+    offsets: np.ndarray  # (texts + 1,) int64
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.flat[self.offsets[index] : self.offsets[index + 1]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Pairs of texts as ids, without START and END; ``references`` are the texts to be reached."""
+
+    source: Sequences
+    target: Sequences
+    references: list[str] | None = None  # of the validation and the test part
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The parts of a corpus and the tokenisers learnt from its training part."""
+
+    source: Tokenizer
+    target: Tokenizer
+    train: Part
+    validation: Part
+    test: Part
+    fingerprint: str  # of the settings, the source files and the packages that read them
+
+
+def load(settings: Settings, path: Path, worker: Worker | None = None) -> Corpus:
+    """Read and tokenise a corpus, or take it from the cache in ``path``.
+
+    The cache is used as long as the settings, the source files and the packages that read them
+    are those it was made from. With several processes the first one prepares the data.
+
+    Raises:
+        UserError: files are missing or damaged; the text says what to put where.
+    """
+    if worker and not worker.is_main:
+        worker.barrier()
+    corpus = _load(settings, path)
+    if worker and worker.is_main:
+        worker.barrier()
+    return corpus
+
+
+def load_test(settings: Settings, path: Path, source: Tokenizer, target: Tokenizer) -> Part:
+    """The test part, in the ids of given tokenisers, such as those of a checkpoint."""
+    pairs = corpora.read_test(corpora.find(settings.dataset, settings.direction, path))
+    return _scored_part(pairs, settings, source, target)
+
+
+def _load(settings: Settings, path: Path) -> Corpus:
+    files = corpora.find(settings.dataset, settings.direction, path)
+    made_from = _made_from(settings, files, path)
+    name = f"{settings.dataset}-{_digest(json.dumps(asdict(settings)))}.npz"
+    corpus = _read_cache(path / "cache" / name, made_from)
+    if corpus is None:
+        corpus = _prepare(settings, files, _digest(made_from))
+        _write_cache(path / "cache" / name, made_from, corpus)
+    return corpus
+
+
+def _prepare(settings: Settings, files: Files, fingerprint: str) -> Corpus:
+    texts = corpora.read(files)
+    source, target, train = _learn(texts.train, settings)
+    validation = _scored_part(texts.validation, settings, source, target)
+    test = _scored_part(texts.test, settings, source, target)
+    return Corpus(source, target, train, validation, test, fingerprint)
+
+
+def _learn(pairs: Iterable[Pair], settings: Settings) -> tuple[Tokenizer, Tokenizer, Part]:
+    """Both tokenisers and the training part; texts are held as strings a chunk at a time."""
+    languages = [corpora.LANGUAGES[side] for side in _sides(settings)]
+    if settings.tokenizer == "bpe":
+        source, target = (
+            tokens.learn_byte_pairs((pair[side] for pair in pairs), settings.vocab_size)
+            for side in _sides(settings)
+        )
+        return source, target, Part(*_encode(pairs, settings, source, target, is_training=True))
+    collectors = [tokens.WordCollector(language) for language in languages]
+    numbered = _encode(pairs, settings, *collectors, is_training=True)
+    tokenizers, sequences = [], []
+    for collector, side in zip(collectors, numbered, strict=True):
+        tokenizer, ids = collector.vocabulary(side.flat, settings.min_freq)
+        tokenizers.append(tokenizer)
+        sequences.append(Sequences(ids[side.flat], side.offsets))
+    return *tokenizers, Part(*sequences)
+
+
+def _scored_part(
+    pairs: Sequence[Pair], settings: Settings, source: Tokenizer, target: Tokenizer
+) -> Part:
+    sequences = _encode(pairs, settings, source, target, is_training=False)
+    return Part(*sequences, [pair[_sides(settings)[1]] for pair in pairs])
+
+
+def _encode(
+    pairs: Iterable[Pair],
+    settings: Settings,
+    source: Tokenizer | WordCollector,
+    target: Tokenizer | WordCollector,
+    *,
+    is_training: bool,
+) -> tuple[Sequences, Sequences]:
+    """Both sides of pairs as ids; of training pairs only those that are short enough."""
+    flat, offsets = (array("i"), array("i")), (array("q", [0]), array("q", [0]))
+    iterator = iter(pairs)
+    while chunk := list(islice(iterator, _CHUNK)):
+        sides = zip(*chunk, strict=True)
+        texts = [list(side) for side in sides]
+        encoded = (
+            tokenizer.encode_all(texts[side])
+            for tokenizer, side in zip((source, target), _sides(settings), strict=True)
+        )
+        for pair in zip(*encoded, strict=True):
+            if not is_training or max(map(len, pair)) <= settings.max_length:
+                for ids, all_ids, ends in zip(pair, flat, offsets, strict=True):
+                    all_ids.extend(ids)
+                    ends.append(len(all_ids))
+    if len(offsets[0]) == 1:
+        raise UserError(f"no training pair has at most --max-length {settings.max_length} tokens")
+    return tuple(
+        Sequences(np.array(all_ids, np.int32), np.array(ends, np.int64))
+        for all_ids, ends in zip(flat, offsets, strict=True)
+    )
+
+
+def _sides(settings: Settings) -> tuple[int, int]:
+    """Which text of a pair is the source and which the target."""
+    return (0, 1) if settings.direction == "G2E" else (1, 0)
+
+
+def _made_from(settings: Settings, files: Files, path: Path) -> str:
+    """What the prepared data depend on, as JSON."""
+    sources = [[str(file.relative_to(path)), *_size_and_digest(file)] for file in files]
+    packages = [tokens.package_of(settings.tokenizer)]
+    if settings.dataset in ("cldr", "gettext"):
+        packages.append(f"babel {metadata.version('babel')}")
+    return json.dumps([_FORMAT, asdict(settings), packages, sources])
+
+
+def _size_and_digest(path: Path) -> tuple[int, str]:
+    try:
+        with path.open("rb") as file:
+            return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read_cache(path: Path, made_from: str) -> Corpus | None:
+    """The corpus that was kept, unless it was made from something else or is damaged."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            kept = json.loads(file["about"].tobytes())
+            if kept["made_from"] != made_from:
+                return None
+            parts = [
+                Part(
+                    *(
+                        Sequences(file[f"{name}_{side}"], file[f"{name}_{side}_offsets"])
+                        for side in ("source", "target")
+                    ),
+                    kept["references"][name],
+                )
+                for name in ("train", "validation", "test")
+            ]
+        source, target = (tokens.from_state(kept[side]) for side in ("source", "target"))
+    except Exception:  # a damaged archive fails in a dozen ways
+        note(f"{path} is damaged; the data are prepared anew")
+        return None
+    return Corpus(source, target, *parts, _digest(made_from))
+
+
+def _write_cache(path: Path, made_from: str, corpus: Corpus) -> None:
+    parts = {"train": corpus.train, "validation": corpus.validation, "test": corpus.test}
+    about = {
+        "made_from": made_from,
+        "source": corpus.source.state(),
+        "target": corpus.target.state(),
+        "references": {name: part.references for name, part in parts.items()},
+    }
+    arrays = {"about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
+    for name, part in parts.items():
+        for side, sequences in (("source", part.source), ("target", part.target)):
+            arrays[f"{name}_{side}"] = sequences.flat
+            arrays[f"{name}_{side}_offsets"] = sequences.offsets
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda file: np.savez(file, **arrays))
+    except OSError as error:
+        note(f"cannot write {path}: {error.strerror}; the data are prepared anew each time")
+    except UserError as error:
+        note(f"{error}; the data are prepared anew each time")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pairs of like lengths, filled up with PAD on the right."""
+
+    source: Tensor  # (B, S) int64
+    target: Tensor  # (B, T) int64, START first and END last
+    indices: Tensor  # (B,) int64, the places of the pairs in their part
+
+
+class Batches:
+    """The batches of one process, each pair of the part once in all processes together.
+
+    The number of pairs times the longest source, or target with one special token, is at most
+    ``batch_size``, divided by the number of processes.
+
+    With a seed, pairs and batches are in an order that depends on it and on ``set_epoch`` alone.
+    Every process has the same number of batches, which differs a little between epochs, and those
+    of one step have like lengths. Without a seed the order is by length, processes may have
+    different numbers of batches, and a pair that does not fit is a batch of its own.
+
+    Args:
+        part: the pairs.
+        batch_size: tokens, padding included, of all processes together.
+        seed: None to go through the pairs for scoring.
+        rank, world_size: this process's place among the processes.
+
+    Raises:
+        UserError: with a seed, a pair does not fit, or there are too few to share evenly.
+    """
+
+    def __init__(
+        self,
+        part: Part,
+        batch_size: int,
+        seed: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.part, self.seed, self.rank, self.world_size = part, seed, rank, world_size
+        self.budget = batch_size // world_size
+        self._sizes = np.maximum(part.source.lengths, part.target.lengths + 1)
+        if seed is not None:
+            self._check(batch_size)
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch; without a seed all are alike."""
+        if self.seed is None:
+            order = np.lexsort((self.part.target.lengths, self.part.source.lengths))
+            self._batches = self._cut(order)[self.rank :: self.world_size]
+            return
+        generator = np.random.default_rng([self.seed, epoch])
+        order = generator.permutation(len(self.part))
+        batches: list[np.ndarray] = []
+        for start in range(0, len(order), _POOL):
+            pool = order[start : start + _POOL]
+            by_length = np.lexsort((self.part.source.lengths[pool], self._sizes[pool]))
+            batches += self._cut(pool[by_length])
+        steps = self._steps(batches)
+        self._batches = [steps[i][self.rank] for i in generator.permutation(len(steps))]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for indices in self._batches:
+            source = [self.part.source[index] for index in indices]
+            target = [self.part.target[index] for index in indices]
+            framed = _padded(target, before=[START], behind=[END])
+            yield Batch(_padded(source), framed, torch.from_numpy(indices))
+
+    def _check(self, batch_size: int) -> None:
+        if len(self.part) < self.world_size:
+            raise UserError(
+                f"{len(self.part)} training pairs are too few for {self.world_size} processes; "
+                "name fewer devices"
+            )
+        if (longest := self._sizes.max()) > self.budget:
+            raise UserError(
+                f"--batch-size {batch_size} tokens, {self.budget} in each process, do not hold a "
+                f"training pair of {longest}; raise it or lower --max-length"
+            )
+
+    def _cut(self, order: np.ndarray) -> list[np.ndarray]:
+        """Cut pairs in this order into batches that fit the budget."""
+        starts, longest = [0], 0
+        for place, size in enumerate(self._sizes[order].tolist()):
+            longest = max(longest, size)
+            if place > starts[-1] and (place + 1 - starts[-1]) * longest > self.budget:
+                starts.append(place)
+                longest = size
+        return np.split(order, starts[1:])
+
+    def _steps(self, batches: list[np.ndarray]) -> list[list[np.ndarray]]:
+        """Group neighbours, a batch for every process; large ones are halved where some lack."""
+        while len(batches) % self.world_size:
+            place = max(range(len(batches)), key=lambda i: len(batches[i]))
+            if len(batches[place]) == 1:
+                raise UserError(
+                    f"batches of one training pair cannot be shared by {self.world_size} "
+                    "processes evenly; raise --batch-size"
+                )
+            batches[place : place + 1] = np.array_split(batches[place], 2)
+        return [
+            batches[start : start + self.world_size]
+            for start in range(0, len(batches), self.world_size)
+        ]
+
+
+def _padded(
+    rows: Sequence[np.ndarray], before: Sequence[int] = (), behind: Sequence[int] = ()
+) -> Tensor:
+    """Rows of ids as one (rows, longest) int64 tensor, each between ``before`` and ``behind``."""
+    extra = len(before) + len(behind)
+    ids = np.full((len(rows), extra + max(map(len, rows))), PAD, np.int64)
+    for padded, row in zip(ids, rows, strict=True):
+        padded[: extra + len(row)] = [*before, *row, *behind]
+    return torch.from_numpy(ids)
