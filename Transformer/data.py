@@ -211,7 +211,7 @@ def _read_cache(path: Path, made_from: str) -> Corpus | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             kept = json.loads(file["about"].tobytes())
             if kept["made_from"] != made_from:
                 return None

@@ -1,6 +1,8 @@
 """Tokenisers: texts as ids, and ids as the same texts again."""
 
+import contextlib
 from collections.abc import Iterable, Sequence
+from functools import cache
 from importlib import metadata
 from typing import Any, Protocol
 
@@ -44,7 +46,6 @@ class Words:
 
     def __init__(self, language: str, words: Sequence[str]):
         self.language, self.words = language, list(words)
-        self._splitter = _Splitter(language)
         self._ids = {word: number for number, word in enumerate(words, len(SPECIAL))}
 
     def encode(self, text: str) -> list[int]:
@@ -52,7 +53,9 @@ class Words:
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         ids = self._ids
-        return [[ids.get(word, UNKNOWN) for word in words] for words in self._splitter(texts)]
+        return [
+            [ids.get(word, UNKNOWN) for word in words] for words in _split(self.language, texts)
+        ]
 
     def decode(self, ids: Iterable[int]) -> str:
         words = [self.words[number - len(SPECIAL)] for number in ids if number >= len(SPECIAL)]
@@ -71,7 +74,6 @@ class WordCollector:
 
     def __init__(self, language: str):
         self.language = language
-        self._splitter = _Splitter(language)
         self._numbers: dict[str, int] = {}
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
@@ -79,7 +81,7 @@ class WordCollector:
         numbers = self._numbers
         return [
             [numbers.setdefault(word, len(numbers)) for word in words]
-            for words in self._splitter(texts)
+            for words in _split(self.language, texts)
         ]
 
     def vocabulary(self, seen: np.ndarray, min_freq: int) -> tuple[Words, np.ndarray]:
@@ -156,7 +158,9 @@ def from_state(state: dict[str, Any]) -> Tokenizer:
         case {"kind": "words", "language": "de" | "en" as language, "words": list(words)}:
             return Words(language, words)
         case {"kind": "bpe", "model": str(model)}:
-            return BytePairs(model)
+            _tokenizers()
+            with contextlib.suppress(Exception):  # what the package raises has no type of its own
+                return BytePairs(model)
     raise UserError("this is no tokeniser of this version; train anew")
 
 
@@ -166,19 +170,18 @@ def package_of(kind: str) -> str:
     return f"{name} {metadata.version(name)}"
 
 
-class _Splitter:
-    """spaCy's tokeniser of one language, loaded when the first text comes."""
+def _split(language: str, texts: Iterable[str]) -> list[list[str]]:
+    spacy = _spacy(language)
+    with spacy.memory_zone():  # forgets what it has seen: millions of words add up
+        return [_marked(spacy.tokenizer(text)) for text in map(_without_mark, texts)]
 
-    def __init__(self, language: str):
-        self._language, self._spacy = language, None
 
-    def __call__(self, texts: Iterable[str]) -> list[list[str]]:
-        if self._spacy is None:
-            import spacy
+@cache
+def _spacy(language: str) -> Any:
+    """spaCy without a model, only the rules of a language; imported when a text comes."""
+    import spacy
 
-            self._spacy = spacy.blank(self._language)
-        with self._spacy.memory_zone():  # forgets what it has seen: millions of words add up
-            return [_marked(self._spacy.tokenizer(text)) for text in map(_without_mark, texts)]
+    return spacy.blank(language)
 
 
 def _without_mark(text: str) -> str:

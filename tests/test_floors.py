@@ -27,11 +27,12 @@ FLOORS = {
 }
 MODEL_FOLDERS = sorted(path.parent for path in ROOT.glob("*/train.py"))
 DATA_FILES = [ROOT / "Transformer" / f"{name}.py" for name in ("corpora", "cldr", "tokens", "data")]
+SCRIPTS = ("train.py", "translation_run.py")
 MODEL_FILES = [
     path
     for folder in MODEL_FOLDERS
     for path in folder.glob("*.py")
-    if path.name != "train.py" and path not in DATA_FILES
+    if path.name not in SCRIPTS and path not in DATA_FILES
 ]
 
 
@@ -74,7 +75,8 @@ def test_every_file_of_the_package_has_a_floor():
 
 @pytest.mark.parametrize("path", MODEL_FILES, ids=lambda path: path.name)
 def test_model_imports_only_torch_and_the_layers(path):
-    allowed = ("torch", "aal", *sys.stdlib_module_names)
+    siblings = [other.stem for other in MODEL_FILES if other.parent == path.parent]
+    allowed = ("torch", "aal", *siblings, *sys.stdlib_module_names)
     wrong = [
         module
         for module in imports_of(path)
