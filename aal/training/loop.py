@@ -92,7 +92,7 @@ class Trainer:
         and leaves buffers and random state as they were.
         """
         model, device = self._bare_model().train(), self.worker.device
-        with preserved(model), _autocast(device, self.amp):
+        with preserved(model), autocast(device, self.amp):
             batch = self.task.on_device(next(iter(loader)), device)
             part = self.task.split(batch, self.accumulation)[0]
             held = saved_bytes(lambda: self.task.loss(model, part))
@@ -166,7 +166,7 @@ class Trainer:
             alone = self.worker.world_size == 1 or number == len(parts)
             with nullcontext() if alone else self.model.no_sync():
                 recording = self.recorder.sampling() if sampled else nullcontext()
-                with recording, _autocast(self.worker.device, self.amp):
+                with recording, autocast(self.worker.device, self.amp):
                     loss, sums = self.task.loss(self.model, part)
                 share = weight(part) / mean
                 self.scaler.scale(loss * share).backward()
@@ -209,7 +209,7 @@ def evaluate(
     model.eval()
     totals = _Totals(task, worker)
     for batch in _batches(loader, title, totals):
-        with _autocast(worker.device, amp):
+        with autocast(worker.device, amp):
             loss, sums = task.loss(model, batch)
         totals.add(loss, task.weight(batch), sums)
     means = totals.means()
@@ -265,5 +265,6 @@ def _batches(
                 bar.set_postfix_str(f"{totals}{saved}", refresh=False)
 
 
-def _autocast(device: torch.device, amp: str) -> torch.autocast:
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """Mixed precision, by a key of ``AMP_DTYPES``."""
     return torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "off")

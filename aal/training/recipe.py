@@ -166,7 +166,7 @@ _GOES_WITH = {
 Flag = tuple[tuple[str, ...], dict[str, Any], str]
 
 # Spellings beside the field's name, what argparse is told, and what --help says. Without a type or
-# choices the flag is a switch. The value if not given follows, or takes the place of {usual}.
+# choices the flag is a switch. "; if not given, {usual}" follows where the text does not say it.
 FLAGS: dict[str, Flag] = {
     "optimizer": ((), {"choices": OPTIMIZERS}, "update rule"),
     "scheduler": (("--decay-type",), {"choices": SCHEDULERS}, "course of the step size"),
@@ -226,20 +226,21 @@ def add_recipe_flags(
     """
     for name in names:
         aliases, keywords, help = flags[name]
-        help = help if "{usual}" in help else f"{help}; if not given, {{usual}}"
-        help = help.replace("{usual}", _defaults(name, recipes))
+        help = help if "if not given" in help else f"{help}; if not given, {{usual}}"
+        values = {label: getattr(recipe, name) for label, recipe in recipes.items()}
+        help = help.replace("{usual}", usual_text(values))
         if not keywords:
             parser.add_switch(_flag(name), help=help, default=argparse.SUPPRESS)
             continue
         parser.add_argument(_flag(name), *aliases, default=argparse.SUPPRESS, help=help, **keywords)
 
 
-def _defaults(name: str, recipes: Mapping[str, Recipe]) -> str:
-    values = {label: getattr(recipe, name) for label, recipe in recipes.items()}
-    values = {label: value for label, value in values.items() if value is not None}
-    if len(values) == len(recipes) and len(set(values.values())) == 1:
-        return str(next(iter(values.values())))
-    return ", ".join(f"{value} for {label}" for label, value in values.items())
+def usual_text(values: Mapping[str, Any]) -> str:
+    """What a flag is if not given, for --help: one value, or each with what it is for."""
+    given = {label: value for label, value in values.items() if value is not None}
+    if len(given) == len(values) and len(set(given.values())) == 1:
+        return str(next(iter(given.values())))
+    return ", ".join(f"{value} for {label}" for label, value in given.items())
 
 
 def _flag(name: str) -> str:

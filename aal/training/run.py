@@ -132,6 +132,9 @@ class Run:
         """Plain values that a checkpoint carries beside the weights."""
         return {}
 
+    def check_extras(self, state: Mapping[str, Any]) -> None:
+        """Raise ``UserError`` if a state to be resumed has other ``extras`` than this run."""
+
     def make_model(self) -> None:
         """Build the network from the seed, and load ``--model-path`` into it."""
         devices.seed_everything(self.settings.seed)
@@ -205,6 +208,7 @@ class Run:
         best_metric, val_metric = f"best_{self.metric}", f"val_{self.metric}"
         if self.args.resume:
             state = self.folder.resume(self.config)
+            self.check_extras(state)
             try:
                 trainer.load_state(state)
             except (KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -1,6 +1,7 @@
 """Real images on disk, and the scripts run in this process."""
 
 import contextlib
+import itertools
 import os
 import pickle
 import re
@@ -86,6 +87,45 @@ def train_patches(
 ) -> Callable:
     """``train_vit`` and ``train_mixer``, one after the other."""
     return patch_network(call, request.param, tiny_imagenet, tmp_path)
+
+
+SMALL_TRANSFORMER = "--hidden 8 --num-layers 1 --head 2 --mlp-hidden 16"
+
+
+@pytest.fixture
+def train_transformer(call: Callable, texts: Path, tmp_path: Path) -> Callable:
+    """Run Transformer/train.py with a small network on a few texts."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        words = ["--dataset-name", "parallel", "--data-path", texts, "--min-freq", 1]
+        words += ["--batch-size", 120, "--warmup-steps", 20, "--output", tmp_path / "runs"]
+        words += ["--device", "cpu", *SMALL_TRANSFORMER.split()]
+        return call("Transformer/train.py", *words, *arguments)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 48 pairs of sentences to learn from, 8 to validate with and 8 to test with."""
+    folder = tmp_path_factory.mktemp("texts")
+    subjects = {"Der Hund": "The dog", "Die Katze": "The cat", "Das Kind": "The child"}
+    subjects |= {"Der Mann": "The man"}
+    verbs = {"sieht": "sees", "sucht": "seeks", "mag": "likes", "malt": "paints"}
+    objects = {"das Haus": "the house", "zwei Bäume": "two trees", "Äpfel": "apples"}
+    objects |= {"den Mond": "the moon"}
+    pairs = [
+        (f"{subject} {verb} {thing}.", f"{subjects[subject]} {verbs[verb]} {objects[thing]}.")
+        for subject, verb, thing in itertools.product(subjects, verbs, objects)
+    ]
+    order = np.random.default_rng(0).permutation(len(pairs))
+    for part, places in zip(
+        ("train", "validation", "test"), np.split(order, [48, 56]), strict=True
+    ):
+        for side, language in enumerate(("de", "en")):
+            lines = "".join(f"{pairs[place][side]}\n" for place in places)
+            (folder / f"{part}.{language}").write_text(lines, encoding="utf-8")
+    return folder
 
 
 @pytest.fixture

@@ -1,0 +1,223 @@
+"""Train or score a Transformer that translates, under a learning rule.
+
+The paper's run on IWSLT, German to English, once its files are in data/:
+
+    python train.py --batch_size 4096 --dataset_name IWSLT --language_direction G2E \
+        --learning_rule asa2 --gcp True --device 0 --get_li True
+
+Minutes on two CPU cores, with texts that need no download, and what the network makes of others:
+
+    python train.py --dataset-name cldr --learning-rule asa1 --name small
+    echo "3. Mai 2021" | python train.py --dataset-name cldr --learning-rule asa1 \
+        --model-path results/small/best.pth --translate
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import corpora
+import tokens
+import torch
+import transformer
+from data import Settings
+from torch import nn
+from translation_run import TranslationRun
+
+from aal.feed_forward import ACTIVATIONS
+from aal.training import command_line, run
+from aal.training.command_line import (
+    Parser,
+    UserError,
+    fraction,
+    non_negative_float,
+    note,
+    positive_int,
+)
+from aal.training.method_flags import (
+    OPTIONS,
+    add_method_flags,
+    method_arguments,
+    method_words,
+    note_inert_flags,
+    settle_lean,
+)
+from aal.training.recipe import FLAGS, Flag, Recipe, add_recipe_flags, usual_text
+
+DIRECTIONS = ("E2G", "G2E")
+MODEL, CLDR_MODEL = "baseline", "small"
+RECIPE = Recipe(
+    optimizer="adam",
+    scheduler="noam",
+    lr=512**-0.5 * 4000**-0.5,
+    epochs=20,
+    batch_size=1500,
+    warmup_steps=4000,
+    beta2=0.98,
+    adam_epsilon=1e-9,
+    label_smoothing=0.1,
+    seed=1234,
+)
+CLDR_RECIPE = replace(RECIPE, epochs=10, batch_size=2000, warmup_steps=400)
+RECIPE_FLAGS = ("epochs", "batch_size", "lr", "warmup_steps", "label_smoothing", "max_grad_norm")
+RECIPE_FLAGS += ("amp", "seed")
+CHANGED_FLAGS: dict[str, Flag] = {
+    "epochs": (("--num-of-epochs", *FLAGS["epochs"][0]), *FLAGS["epochs"][1:]),
+    "batch_size": ((), {"type": positive_int}, "tokens per step, all devices together"),
+    "lr": (*FLAGS["lr"][:2], "largest step size; if not given, 1 / sqrt(hidden * warmup-steps)"),
+    "warmup_steps": ((), {"type": positive_int}, "steps in which the step size rises"),
+}
+FIELDS = {  # of Architecture, by flag
+    "hidden": "width",
+    "num_layers": "depth",
+    "head": "heads",
+    "mlp_hidden": "mlp_width",
+    "activation": "activation",
+    "dropout": "dropout",
+}
+SETTINGS = ("tokenizer", "min_freq", "vocab_size", "max_length")  # of data, by flag
+USUAL_TEXTS = {name: getattr(Settings, name) for name in SETTINGS}
+USUAL_TEXTS |= {"beam": 4, "length_penalty": 0.6}
+INERT = {"bpe": "min_freq", "words": "vocab_size"}  # by tokeniser
+_EVERY_EPOCH = "is gone; every epoch is recorded in metrics.jsonl, and its state in last.pth"
+_NOT_YET = "is not available yet; leave it out (--lean and --gcp save memory)"
+REJECTED = {
+    "--enable-tensorboard": "is gone; metrics.jsonl always records the run",
+    "--console-log-freq": _EVERY_EPOCH,
+    "--checkpoint-freq": _EVERY_EPOCH,
+    "--mesa": _NOT_YET,
+    "--mesa-policy": _NOT_YET,
+}
+
+
+def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; raises ``UserError`` for what cannot be meant."""
+    parser = Parser(prog="train.py", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    help = "texts to learn; cldr needs no files"
+    add("--dataset-name", choices=corpora.NAMES, default="IWSLT", help=help)
+    help = "English to German or German to English"
+    add("--language-direction", choices=DIRECTIONS, default="E2G", help=help)
+    help = "folder that holds the texts, and a cache of them as ids"
+    flags = ("--dataset-path", "--data-path")
+    add(*flags, dest="data_path", type=Path, default=Path("data"), help=help)
+    _add_text_flags(parser)
+    help = f"network; if not given, {CLDR_MODEL} for cldr and {MODEL} otherwise"
+    choices, absent = tuple(transformer.MODELS), argparse.SUPPRESS
+    add("--model", type=_model_name, choices=choices, default=absent, help=help)
+    _add_sizes(parser)
+    add_method_flags(parser)
+    run.add_name(parser)
+    run.add_arguments(parser)
+    help = "with --model-path, translate the lines of stdin instead"
+    parser.add_switch("--translate", help=help)
+    recipes = {"other texts": RECIPE, "cldr": CLDR_RECIPE}
+    add_recipe_flags(parser, RECIPE_FLAGS, recipes, FLAGS | CHANGED_FLAGS)
+    parser.reject(REJECTED)
+    args = parser.parse_args(arguments)
+    if "model" not in args:
+        args.model = CLDR_MODEL if args.dataset_name == "cldr" else MODEL
+    if args.translate and "model_path" not in args:
+        raise UserError("--translate needs a checkpoint; name it with --model-path")
+    if args.max_length >= transformer.MAX_LENGTH:
+        limit = transformer.MAX_LENGTH - 1
+        raise UserError(f"--max-length {args.max_length} is more than the networks' {limit}")
+    inert = INERT[args.tokenizer]
+    if getattr(args, inert) != USUAL_TEXTS[inert]:
+        note(f"--{inert.replace('_', '-')} does nothing under --tokenizer {args.tokenizer}")
+        setattr(args, inert, USUAL_TEXTS[inert])
+    settle_lean(args)
+    return args
+
+
+def _add_text_flags(parser: Parser) -> None:
+    """How texts become ids, and ids texts."""
+
+    def add(flag: str, help: str, **kwargs: Any) -> None:
+        usual = USUAL_TEXTS[flag.removeprefix("--").replace("-", "_")]
+        parser.add_argument(flag, default=usual, help=help, **kwargs)
+
+    add("--tokenizer", "split texts into words, or into pairs of bytes", choices=tokens.KINDS)
+    add("--min-freq", "how often a word occurs that gets an id", type=positive_int)
+    add("--vocab-size", "ids of bpe in each language", type=positive_int)
+    add("--max-length", "most tokens of a text that is learned", type=positive_int)
+    add("--beam", "translations that are followed at once when scoring", type=positive_int)
+    help = "0 favours short translations, 1 long ones"
+    add("--length-penalty", help, type=non_negative_float)
+
+
+def _add_sizes(parser: Parser) -> None:
+    """The sizes of the network."""
+
+    def add(flag: str, help: str, **kwargs: Any) -> None:
+        field = FIELDS[flag.removeprefix("--").replace("-", "_")]
+        values = {name: getattr(sizes, field) for name, sizes in transformer.MODELS.items()}
+        help = f"{help}; if not given, {usual_text(values)}"
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=help, **kwargs)
+
+    add("--hidden", "numbers per token", type=positive_int)
+    add("--num-layers", "layers of the encoder, and of the decoder", type=positive_int)
+    add("--head", "attention heads", type=positive_int)
+    add("--mlp-hidden", "hidden units of an MLP", type=positive_int)
+    add("--activation", "activation function of an MLP", choices=tuple(ACTIVATIONS))
+    add("--dropout", "probability of dropout", type=fraction)
+
+
+def recipe(args: argparse.Namespace, width: int) -> Recipe:
+    """The largest step size goes with the network's width and the warm-up."""
+    usual = CLDR_RECIPE if args.dataset_name == "cldr" else RECIPE
+    warmup = vars(args).get("warmup_steps", usual.warmup_steps)
+    return replace(usual, lr=width**-0.5 * warmup**-0.5)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train, score ``--model-path`` or translate with it; returns the exit status."""
+    args = parse_args(arguments)
+    usual = {flag: getattr(transformer.MODELS[args.model], name) for flag, name in FIELDS.items()}
+    sizes = {flag: vars(args).get(flag, value) for flag, value in usual.items()}
+    note_inert_flags(args, sizes["activation"], has_attention=True)
+
+    def build_for(source_vocabulary: int, target_vocabulary: int) -> nn.Module:
+        return transformer.build(
+            args.model,
+            source_vocabulary=source_vocabulary,
+            target_vocabulary=target_vocabulary,
+            **method_arguments(args),
+            **{field: sizes[flag] for flag, field in FIELDS.items()},
+        )
+
+    try:
+        with torch.device("meta"):
+            build_for(1, 1)  # impossible sizes are found before texts are read
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    texts = {name: getattr(args, name) for name in USUAL_TEXTS}
+    where = {name: getattr(args, name) for name in ("dataset_name", "language_direction")}
+    options = {name: getattr(args, name) for name in ("model", *OPTIONS)} | sizes
+    function = {"model": args.model, "language_direction": args.language_direction, **sizes}
+    function["learning_rule"] = args.learning_rule
+    del function["dropout"]
+    words = [*where.values(), args.model, *method_words(args)]
+    words += [*run.changes(sizes, usual), *run.changes(texts, USUAL_TEXTS)]
+    translation = TranslationRun(
+        args,
+        recipe(args, sizes["hidden"]),
+        {**where, **texts, **options},
+        function,
+        "_".join(words),
+        transformer.load_weights,
+        Settings(*where.values(), **{name: texts[name] for name in SETTINGS}),
+        build_for,
+    )
+    return run.execute(translation, __file__, arguments)
+
+
+def _model_name(word: str) -> str:
+    return {"base": "baseline"}.get(word, word)
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.run(main, sys.argv[1:], "train.py"))

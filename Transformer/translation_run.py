@@ -1,0 +1,252 @@
+"""The task of translating, and one run of it: cross entropy of tokens, and BLEU of texts."""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, ClassVar, NamedTuple
+
+import data
+import decoding
+import numpy as np
+import tokens
+import torch
+from sacrebleu.metrics import BLEU
+from torch import Tensor, nn
+from transformer import PAD, SPECIAL
+
+from aal.training import run
+from aal.training.command_line import UserError
+from aal.training.devices import Worker
+from aal.training.files import read_checkpoint
+from aal.training.loop import autocast, evaluate
+
+_SCORING_TOKENS = 4096  # per batch and process, so that a score does not depend on --batch-size
+_RANDOM_LENGTH = 24  # tokens of a text in a dry run
+_LINES = 64  # that --translate reads before it writes
+
+
+class _Pairs(NamedTuple):
+    """What the network learns of some pairs of texts."""
+
+    source: Tensor  # (B, S)
+    target: Tensor  # (B, T), START first
+    labels: Tensor  # (B, T), END last
+    counts: Tensor  # (B,) labels that are not PAD, on the CPU
+
+
+@dataclass(frozen=True)
+class Translation:
+    """Pairs of texts, to be learned or scored (see ``aal.training.loop.Task``).
+
+    Args:
+        label_smoothing: share of each label spread over the vocabulary.
+    """
+
+    label_smoothing: float = 0.0
+
+    unit: ClassVar[str] = "tokens"
+    is_even: ClassVar[bool] = False
+    measures: ClassVar[Sequence[str]] = ()
+
+    def on_device(self, batch: data.Batch, device: torch.device) -> _Pairs:
+        labels = batch.target[:, 1:]
+        tensors = (batch.source, batch.target[:, :-1], labels)
+        moved = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        return _Pairs(*moved, (labels != PAD).sum(1))
+
+    def changed(self, batch: _Pairs) -> _Pairs:
+        return batch
+
+    def split(self, batch: _Pairs, count: int) -> Sequence[_Pairs]:
+        return [_Pairs(*part) for part in zip(*(t.chunk(count) for t in batch), strict=True)]
+
+    def weight(self, batch: _Pairs) -> int:
+        return int(batch.counts.sum())
+
+    def loss(self, model: nn.Module, batch: _Pairs) -> tuple[Tensor, Sequence[Tensor]]:
+        return model(batch.source, batch.target, batch.labels, self.label_smoothing), []
+
+
+@dataclass
+class TranslationRun(run.Run):
+    """A run of a network that translates.
+
+    A checkpoint carries its tokenisers, so that translating needs no data set.
+
+    Args:
+        data_settings: which texts, and how they become ids.
+        build_for: makes the network for the sizes of both vocabularies, or raises ``ValueError``.
+    """
+
+    data_settings: data.Settings
+    build_for: Callable[[int, int], nn.Module]
+
+    metric = "bleu"
+    columns = ("train_loss", "val_loss", "val_bleu")
+
+    def __post_init__(self) -> None:
+        args = self.args
+        super().__post_init__()
+        if args.translate and self.processes > 1:
+            raise UserError("--translate runs on one device; name one with --device")
+        settings = self.data_settings
+        if args.dry_run:
+            self.vocabularies = (settings.vocab_size, settings.vocab_size)
+            self.train_part = self.validation_part = self._random_part()
+        elif "model_path" in args:
+            state = read_checkpoint(args.model_path)
+            self._use(*(tokens.from_state(state.get(name)) for name in ("source", "target")))
+            if not args.translate:
+                self.test_part = data.load_test(settings, args.data_path, self.source, self.target)
+        else:
+            corpus = data.load(settings, args.data_path)
+            self._use(corpus.source, corpus.target)
+            self.train_part, self.validation_part = corpus.train, corpus.validation
+            self.test_part, self.fingerprint = corpus.test, corpus.fingerprint
+        self.make_model()
+
+    def build(self) -> nn.Module:
+        return self.build_for(*self.vocabularies)
+
+    def task(self) -> Translation:
+        return Translation(self.settings.label_smoothing)
+
+    def train_loader(self, worker: Worker) -> tuple[data.Batches, int]:
+        settings, place = self.settings, (worker.rank, worker.world_size)
+        loader = data.Batches(self.train_part, settings.batch_size, settings.seed, *place)
+        return loader, len(loader)
+
+    def begin_epoch(self, loader: data.Batches, epoch: int) -> None:
+        loader.set_epoch(epoch)
+
+    def validate(self, worker: Worker, title: str) -> dict[str, Any]:
+        """Loss, and BLEU of greedy translations; a dry run has no texts, and so the loss alone."""
+        scores = self._loss(self.validation_part, worker, title)
+        if self.args.dry_run:
+            return scores
+        return scores | self._bleu(self.validation_part, worker, beam=1)
+
+    def test(self, worker: Worker) -> dict[str, Any]:
+        scores = self._bleu(self.test_part, worker, self.args.beam)
+        return scores | {"loss": self._loss(self.test_part, worker, "test")["loss"]}
+
+    def scores_text(self, row: Mapping[str, Any]) -> str:
+        return (
+            f"train loss {row['train_loss']:.4f}  "
+            f"validation loss {row['val_loss']:.4f}, BLEU {row['val_bleu']:.2f}"
+        )
+
+    def test_text(self, test: Mapping[str, Any]) -> str:
+        return (
+            f"test BLEU {test['bleu']:.2f} (signature {test['signature']}), "
+            f"loss {test['loss']:.4f} ({len(self.test_part)} texts)"
+        )
+
+    def extras(self) -> dict[str, Any]:
+        return {
+            "source": self.source.state(),
+            "target": self.target.state(),
+            "fingerprint": self.fingerprint,
+        }
+
+    def check_extras(self, state: Mapping[str, Any]) -> None:
+        if state.get("fingerprint") != self.fingerprint:
+            raise UserError(
+                f"{self.folder.last} was made with other texts or vocabularies than those in "
+                f"{self.args.data_path}"
+            )
+
+    def execute(self, worker: Worker) -> None:
+        """As ``Run.execute``, or translate stdin with ``--translate``."""
+        if not self.args.translate:
+            super().execute(worker)
+            return
+        self.model.to(worker.device).eval()
+        for line in self._translated(_lines_of(sys.stdin.buffer), worker):
+            sys.stdout.buffer.write(f"{line}\n".encode())
+            sys.stdout.buffer.flush()
+
+    def _use(self, source: tokens.Tokenizer, target: tokens.Tokenizer) -> None:
+        self.source, self.target = source, target
+        self.vocabularies = (len(source), len(target))
+
+    def _random_part(self) -> data.Part:
+        """Random ids for two batches of every process."""
+        settings = self.data_settings
+        budget = self.settings.batch_size // self.processes
+        length = max(1, min(_RANDOM_LENGTH, settings.max_length, budget - 1))
+        count = 2 * self.processes * max(1, budget // (length + 1))
+        random, bounds = (
+            np.random.default_rng(self.settings.seed),
+            (len(SPECIAL), settings.vocab_size),
+        )
+        if settings.vocab_size <= len(SPECIAL):
+            raise UserError(f"--vocab-size {settings.vocab_size} leaves no ids for words")
+        try:
+            both = random.integers(*bounds, (2, count, length), np.int32)
+            return data.Part(*map(_sequences, both))
+        except MemoryError as error:
+            raise UserError(f"cannot make the texts for want of memory: {error}") from error
+
+    def _batches(self, part: data.Part, worker: Worker) -> data.Batches:
+        """This process's share of a part, every pair in exactly one process."""
+        place = {"rank": worker.rank, "world_size": worker.world_size}
+        return data.Batches(part, _SCORING_TOKENS * worker.world_size, **place)
+
+    def _loss(self, part: data.Part, worker: Worker, title: str) -> dict[str, float]:
+        loader = self._batches(part, worker)
+        return evaluate(Translation(), self.model, loader, worker, self.settings.amp, title)
+
+    def _bleu(self, part: data.Part, worker: Worker, beam: int) -> dict[str, Any]:
+        """BLEU of a part's translations, and how it was computed."""
+        own = list(self._translations(part, worker, beam))
+        everyone = [item for share in worker.gather_objects(own) for item in share]
+        texts = [text for _, text in sorted(everyone)]
+        metric = BLEU()
+        score = metric.corpus_score(texts, [part.references]).score
+        return {"bleu": score, "signature": str(metric.get_signature())}
+
+    @torch.no_grad()
+    def _translations(
+        self, part: data.Part, worker: Worker, beam: int
+    ) -> Iterator[tuple[int, str]]:
+        """Places in the part, and translations, of this process's share."""
+        self.model.eval()
+        options = {"beam": beam, "length_penalty": self.args.length_penalty}
+        for batch in self._batches(part, worker):
+            source = batch.source.to(worker.device)
+            try:
+                with autocast(worker.device, self.settings.amp):
+                    found = decoding.translate(self.model, source, **options)
+            except ValueError as error:  # beyond the network's positions
+                raise UserError(str(error)) from error
+            yield from zip(batch.indices.tolist(), map(self.target.decode, found), strict=True)
+
+    def _translated(self, lines: Iterable[str], worker: Worker) -> Iterator[str]:
+        """A translation of each line; none of a line without words."""
+        lines = iter(lines)
+        while chunk := list(islice(lines, _LINES)):
+            ids = {place: self.source.encode(line) for place, line in enumerate(chunk)}
+            ids = {place: found for place, found in ids.items() if found}
+            results = [""] * len(chunk)
+            if ids:
+                part = data.Part(_sequences(ids.values()), _sequences([[]] * len(ids)))
+                places = list(ids)
+                for index, text in self._translations(part, worker, self.args.beam):
+                    results[places[index]] = text
+            yield from results
+
+
+def _sequences(texts: Iterable[Sequence[int]]) -> data.Sequences:
+    texts = [np.asarray(text, np.int32) for text in texts]
+    offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
+    return data.Sequences(np.concatenate(texts), offsets)
+
+
+def _lines_of(file: Iterable[bytes]) -> Iterator[str]:
+    for number, line in enumerate(file, 1):
+        try:
+            yield line.decode().rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"line {number} of the input is not UTF-8 text") from error
