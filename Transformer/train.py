@@ -8,7 +8,7 @@ The paper's run on IWSLT, German to English, once its files are in data/:
 Minutes on two CPU cores, with texts that need no download, and what the network makes of others:
 
     python train.py --dataset-name cldr --learning-rule asa1 --name small
-    echo "3. Mai 2021" | python train.py --dataset-name cldr --learning-rule asa1 \
+    echo "May 3, 2021" | python train.py --dataset-name cldr --learning-rule asa1 \
         --model-path results/small/best.pth --translate
 """
 
