@@ -41,14 +41,15 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                 no longer needed. With ``recompute`` x, labels, and W and b by reference; backward
                 computes the scores once more. PyTorch keeps x and the log-probabilities, (N, V).
     Edge cases  the loss is float32 for half-precision inputs, computed from scores in the dtype of
-                the product, as PyTorch does. NaN if no row counts. No double backward.
+                the product, as PyTorch does. NaN, with gradients of zero, if no row counts. No
+                double backward.
     Source      label smoothing: Szegedy et al., 2016. The gradient in the forward pass: as in Hsu
                 et al., "Liger Kernel", 2024.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, labels, what: _Loss, learns: bool):
-        ctx.what, ctx.has_bias = what, bias is not None
+        ctx.what = what
         needs = ctx.needs_input_grad[:3] if learns else (False,) * 3
         if what.recompute:
             ctx.save_for_backward(x, weight, bias, labels)
@@ -69,7 +70,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             count = (labels != ctx.what.ignore_index).sum()
         else:
             *grads, count = ctx.saved_tensors
-        scale = grad_output / count
+        scale = grad_output / count.clamp(min=1)  # if no row counts, the gradients are zero
         return *(grad if grad is None else grad * scale.to(grad.dtype) for grad in grads), *[
             None
         ] * 3
@@ -86,9 +87,11 @@ def _loss_and_gradients(
     """The sum of the losses of all rows, and its gradients; None where ``needs`` is False."""
     own_weight, own_bias = weight.to(x.dtype), cast(bias, x.dtype)
     loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
+    # Half precision would lose what late chunks add to a sum.
+    wide = {"dtype": torch.promote_types(weight.dtype, torch.float32)}
     grad_x = torch.empty_like(x) if needs[0] else None
-    grad_weight = torch.zeros_like(weight) if needs[1] else None
-    grad_bias = torch.zeros_like(bias) if needs[2] else None
+    grad_weight = torch.zeros_like(weight, **wide) if needs[1] else None
+    grad_bias = torch.zeros_like(bias, **wide) if needs[2] else None
     rows = max(1, _CHUNK // len(weight))
     for start in range(0, len(x), rows):
         part = slice(start, start + rows)
@@ -103,8 +106,8 @@ def _loss_and_gradients(
         if needs[1]:
             grad_weight += grad.T @ x[part]
         if needs[2]:
-            grad_bias += grad.sum(0, dtype=bias.dtype)
-    return loss, grad_x, grad_weight, grad_bias
+            grad_bias += grad.sum(0, dtype=grad_bias.dtype)
+    return loss, grad_x, cast(grad_weight, weight.dtype), cast(grad_bias, weight.dtype)
 
 
 def _losses(
