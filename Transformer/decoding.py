@@ -23,9 +23,11 @@ class State(Protocol):
 class Model(Protocol):
     """What the search needs of a model; see ``Transformer``."""
 
-    def start(self, source: Tensor, capacity: int) -> State: ...
+    def start(self, source: Tensor, capacity: int) -> State:
+        """Read the sources (B, S), for at most ``capacity`` steps."""
 
-    def step(self, tokens: Tensor, state: State) -> Tensor: ...
+    def step(self, tokens: Tensor, state: State) -> Tensor:
+        """Scores of what follows the last tokens: (R,) -> (R, V), to be overwritten."""
 
 
 @torch.no_grad()
@@ -60,10 +62,11 @@ def translate(
     state.select(torch.arange(len(source), device=source.device).repeat_interleave(beam))
     for _ in range(max_length):
         scores = model.step(search.last_tokens(), state)
-        sequences, sources = search.advance(scores.float().log_softmax(-1))
+        sequences, sources = search.advance(scores)
         if search.is_over():
             break
-        state.select(sequences, sources)
+        if beam > 1 or sources is not None:
+            state.select(sequences, sources)
     return search.results()
 
 
@@ -71,7 +74,8 @@ class _Search:
     """Live and finished translations: of B sources that are not done, K of each.
 
     Attributes:
-        live: (B, K, T) tokens without ``START``; scores: (B, K) their log-probabilities.
+        live: (B, K, T) tokens without ``START``; scores: (B, K) their log-probabilities, float64,
+            so that sums of many do not tie.
         finished: (B, K, max_length) tokens, ``PAD`` behind them; quality: (B, K), -inf where
             nothing is finished yet.
         places: (B,) which source each is.
@@ -80,7 +84,7 @@ class _Search:
     def __init__(self, count: int, beam: int, penalty: float, max_length: int, device):
         self.beam, self.penalty, self.max_length = beam, penalty, max_length
         self.live = torch.empty(count, beam, 0, dtype=torch.long, device=device)
-        self.scores = torch.full((count, beam), -torch.inf, device=device)
+        self.scores = torch.full((count, beam), -torch.inf, dtype=torch.double, device=device)
         self.scores[:, 0] = 0  # all begin alike: one of them is enough
         self.finished = torch.full((count, beam, max_length), PAD, device=device)
         self.quality = torch.full((count, beam), -torch.inf, device=device)
@@ -93,19 +97,23 @@ class _Search:
             return self.live.new_full((self.live.shape[0] * self.beam,), START)
         return self.live[:, :, -1].flatten()
 
-    def advance(self, log_probs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Take the best next tokens of (B * K, V).
+    def advance(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Take the best next tokens by their scores (B * K, V).
 
         Returns:
             Which sequences go on, and which sources if some are done, else None.
         """
         count, beam = self.scores.shape
-        log_probs = log_probs.view(count, beam, -1)
-        log_probs[:, :, [UNKNOWN, PAD, START]] = -torch.inf
-        totals = self.scores[:, :, None] + log_probs
-        # Of 2 K candidates at most K end, one for each sequence, so that K go on.
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        normaliser = scores.logsumexp(1, keepdim=True)
+        scores[:, [UNKNOWN, PAD, START]] = -torch.inf
+        # Of 2 K candidates at most K end, one for each sequence, so that K go on. All of them are
+        # among the best 2 K of their own sequence.
+        scores, tokens = scores.topk(min(2 * beam, scores.shape[1]))
+        totals = self.scores[:, :, None] + (scores - normaliser).view(count, beam, -1)
         scores, chosen = totals.flatten(1).topk(min(2 * beam, totals[0].numel()))  # (B, 2K)
-        parents, tokens = chosen // log_probs.shape[2], chosen % log_probs.shape[2]
+        parents = chosen // totals.shape[2]
+        tokens = tokens.view(count, -1).gather(1, chosen)
         candidates = torch.cat(
             [_gathered(self.live, parents), tokens[:, :, None]], dim=2
         )  # (B, 2K, T)

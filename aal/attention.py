@@ -13,6 +13,7 @@ Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2; levels a
 
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -169,24 +170,25 @@ class KeyValueCache:
 
     def __init__(self, capacity: int):
         self.capacity, self.length = capacity, 0
+        # (capacity, B, heads, D): the tokens so far lie together, so that one copy selects.
         self._buffers: tuple[Tensor, ...] = ()
 
     def append(self, *new: Tensor) -> tuple[Tensor, ...]:
         """Add keys and values (B, heads, 1, D) of a token; returns all, (B, heads, T, D)."""
         if not self._buffers:
-            shape = (*new[0].shape[:2], self.capacity, new[0].shape[3])
+            shape = (self.capacity, *new[0].shape[:2], new[0].shape[3])
             self._buffers = tuple(tensor.new_empty(shape) for tensor in new)
         for buffer, tensor in zip(self._buffers, new, strict=True):
-            buffer[:, :, self.length] = tensor[:, :, 0]
+            buffer[self.length] = tensor[:, :, 0]
         self.length += 1
-        return tuple(buffer[:, :, : self.length] for buffer in self._buffers)
+        return tuple(buffer[: self.length].permute(1, 2, 0, 3) for buffer in self._buffers)
 
     def select(self, rows: Tensor) -> None:
         """Keep sequences ``rows`` (R,), in this order; one may be there several times."""
         selected = []
         for buffer in self._buffers:
-            kept = buffer.new_empty((len(rows), *buffer.shape[1:]))
-            kept[:, :, : self.length] = buffer[rows, :, : self.length]
+            kept = buffer.new_empty((self.capacity, len(rows), *buffer.shape[2:]))
+            torch.index_select(buffer[: self.length], 1, rows, out=kept[: self.length])
             selected.append(kept)
         self._buffers = tuple(selected)
 
