@@ -13,6 +13,7 @@ from helpers import (
     under_autocast,
 )
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import aal.lean.cross_entropy as module
@@ -272,6 +273,28 @@ def test_computes_no_product_that_nobody_needs(frozen, products, recompute, in_c
     assert both == PRODUCT * (products + recompute)
 
 
+class Scores(TorchDispatchMode):
+    """Notes how many rows of scores are in one tensor."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dim() == 2 and result.shape[1] == CLASSES:
+            self.rows = max(self.rows, len(result))
+        return result
+
+
+@both_ways
+@pytest.mark.parametrize(("size", "rows"), [(8 * CLASSES + 3, 8), (20 * CLASSES, 20)])
+def test_scores_exist_for_the_rows_of_a_chunk_alone(rows, size, recompute, monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK", size)
+    given = tensors(100)
+    with Scores() as scores:
+        run(ours(labels_of(given["x"]), recompute=recompute), **given)
+    assert scores.rows == rows
+
+
 def learning(dtype: torch.dtype = torch.float32, frozen: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """An input that somebody else made, and parameters."""
     given = tensors(2, 5, dtype=dtype)
@@ -415,11 +438,10 @@ def test_a_label_that_is_no_class_is_refused(label, recompute):
 
 
 @compiling
-@both_ways
-def test_compiles_as_one_graph(recompute, in_chunks):
+def test_compiles_as_one_graph(in_chunks):
     given = tensors()
     labels = labels_of(given["x"])
-    forward = ours(labels, recompute=recompute, label_smoothing=0.1)
+    forward = ours(labels, label_smoothing=0.1)
     torch.compiler.reset()
     compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(run(compiled, **given), run(forward, **given))
