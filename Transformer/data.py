@@ -19,7 +19,6 @@ from torch import Tensor
 from transformer import END, PAD, START
 
 from aal.training.command_line import UserError, note
-from aal.training.devices import Worker
 from aal.training.files import write_whole
 
 _FORMAT = 1  # of the cache, and of how texts are read: raised whenever either changes
@@ -81,30 +80,15 @@ class Corpus:
     fingerprint: str  # of the settings, the source files and the packages that read them
 
 
-def load(settings: Settings, path: Path, worker: Worker | None = None) -> Corpus:
+def load(settings: Settings, path: Path) -> Corpus:
     """Read and tokenise a corpus, or take it from the cache in ``path``.
 
     The cache is used as long as the settings, the source files and the packages that read them
-    are those it was made from. With several processes the first one prepares the data.
+    are those it was made from.
 
     Raises:
         UserError: files are missing or damaged; the text says what to put where.
     """
-    if worker and not worker.is_main:
-        worker.barrier()
-    corpus = _load(settings, path)
-    if worker and worker.is_main:
-        worker.barrier()
-    return corpus
-
-
-def load_test(settings: Settings, path: Path, source: Tokenizer, target: Tokenizer) -> Part:
-    """The test part, in the ids of given tokenisers, such as those of a checkpoint."""
-    pairs = corpora.read_test(corpora.find(settings.dataset, settings.direction, path))
-    return _scored_part(pairs, settings, source, target)
-
-
-def _load(settings: Settings, path: Path) -> Corpus:
     files = corpora.find(settings.dataset, settings.direction, path)
     made_from = _made_from(settings, files, path)
     name = f"{settings.dataset}-{_digest(json.dumps(asdict(settings)))}.npz"
@@ -113,6 +97,12 @@ def _load(settings: Settings, path: Path) -> Corpus:
         corpus = _prepare(settings, files, _digest(made_from))
         _write_cache(path / "cache" / name, made_from, corpus)
     return corpus
+
+
+def load_test(settings: Settings, path: Path, source: Tokenizer, target: Tokenizer) -> Part:
+    """The test part, in the ids of given tokenisers, such as those of a checkpoint."""
+    pairs = corpora.read_test(corpora.find(settings.dataset, settings.direction, path))
+    return _scored_part(pairs, settings, source, target)
 
 
 def _prepare(settings: Settings, files: Files, fingerprint: str) -> Corpus:

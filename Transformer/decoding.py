@@ -54,7 +54,14 @@ def translate(
 
     Returns:
         Ids of each translation, no special token among them.
+
+    Raises:
+        ValueError: a beam or a length below 1.
     """
+    if beam < 1 or (max_length is not None and max_length < 1):
+        raise ValueError(f"beam {beam} and max_length {max_length} must be at least 1")
+    if not len(source):
+        return []
     if max_length is None:
         max_length = min(2 * source.shape[1] + 10, MAX_LENGTH)
     search = _Search(source.shape[0], beam, length_penalty, max_length, source.device)

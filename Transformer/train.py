@@ -61,7 +61,7 @@ RECIPE = Recipe(
     label_smoothing=0.1,
     seed=1234,
 )
-CLDR_RECIPE = replace(RECIPE, epochs=10, batch_size=2000, warmup_steps=400)
+CLDR_RECIPE = replace(RECIPE, epochs=8, batch_size=1000, warmup_steps=400)
 RECIPE_FLAGS = ("epochs", "batch_size", "lr", "warmup_steps", "label_smoothing", "max_grad_norm")
 RECIPE_FLAGS += ("amp", "seed")
 CHANGED_FLAGS: dict[str, Flag] = {

@@ -49,11 +49,15 @@ class Architecture:
     activation: str = "relu"
     dropout: float = 0.1
 
+    def __post_init__(self) -> None:
+        if min(self.width, self.depth, self.mlp_width) < 1:
+            raise ValueError(f"width, depth and mlp_width must be at least 1 in {self}")
+
 
 MODELS: dict[str, Architecture] = {
     "baseline": Architecture(512, 6, 8, 2048),
     "big": Architecture(1024, 6, 16, 4096, dropout=0.3),
-    "small": Architecture(128, 3, 4, 512),
+    "small": Architecture(128, 2, 4, 512),
 }
 
 

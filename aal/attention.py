@@ -162,7 +162,7 @@ class CrossAttention(_Attention):
 
 
 class KeyValueCache:
-    """Keys and values of the tokens that growing sequences have so far.
+    """Keys and values of the tokens that growing sequences have so far, without gradients.
 
     Args:
         capacity: tokens to make room for.

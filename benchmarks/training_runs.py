@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,23 +19,30 @@ ROOT = RESULTS.parent
 
 
 def train(script: str, flags: Sequence[str], output: Path) -> dict[str, Any]:
-    """One run, on one thread: test accuracy in per cent, saved MiB and file of indicators."""
+    """One run, on one thread: scores of the test part, saved MiB, seconds, file of indicators."""
     command = [sys.executable, str(ROOT / script), *flags, "--output", str(output)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    start = time.perf_counter()
     subprocess.run([*command, "--device", "cpu"], check=True, env=environment)
+    seconds = time.perf_counter() - start
     (folder,) = output.iterdir()
     last = (folder / "metrics.jsonl").read_text().splitlines()[-1]
     return {
-        "accuracy": json.loads((folder / "test.json").read_text())["accuracy"],
+        "test": json.loads((folder / "test.json").read_text()),
+        "seconds": seconds,
         "saved_mib": json.loads(last)["saved_mib"],
         "indicators": next(folder.glob("*_li.npy"), None),
     }
 
 
 def compare(
-    script: str, settings: Mapping[str, Sequence[str]], seeds: Sequence[int], place: Path
+    script: str,
+    settings: Mapping[str, Sequence[str]],
+    seeds: Sequence[int],
+    place: Path,
+    metric: str = "accuracy",
 ) -> dict[str, dict[str, Any]]:
-    """Accuracy over the seeds of each setting, two runs at a time.
+    """A score of the test part over the seeds of each setting, two runs at a time.
 
     Setting i with seed s leaves its run below ``place / "i-s"``. The median Learning Indicator is
     that of all layers, epochs and seeds.
@@ -48,18 +56,19 @@ def compare(
     with ThreadPoolExecutor(2) as pool:
         results = dict(zip(runs, pool.map(run, *zip(*runs, strict=True)), strict=True))
     return {
-        name: _summary([results[number, seed] for seed in seeds])
+        name: _summary([results[number, seed] for seed in seeds], metric)
         for number, name in enumerate(settings)
     }
 
 
-def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    accuracies = [run["accuracy"] for run in runs]
+def _summary(runs: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
+    scores = [run["test"][metric] for run in runs]
     row = {
-        "accuracy_mean": round(statistics.mean(accuracies), 2),
-        "accuracy_sd": round(statistics.stdev(accuracies), 2) if len(runs) > 1 else None,
-        "accuracies": [round(accuracy, 2) for accuracy in accuracies],
+        f"{metric}_mean": round(statistics.mean(scores), 2),
+        f"{metric}_sd": round(statistics.stdev(scores), 2) if len(runs) > 1 else None,
+        f"{metric}_of_seeds": [round(score, 2) for score in scores],
         "saved_mib": round(runs[0]["saved_mib"], 3),
+        "median_seconds": round(statistics.median(run["seconds"] for run in runs), 1),
     }
     files = [run["indicators"] for run in runs if run["indicators"] is not None]
     if files:

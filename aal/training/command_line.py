@@ -1,6 +1,7 @@
 """Command lines that take dashes or underscores and answer a mistake with one clear line."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -14,13 +15,19 @@ class UserError(Exception):
 
 
 def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str], program: str) -> int:
-    """Return ``main``'s exit status, 2 after a ``UserError``, or 130 when interrupted."""
+    """Return ``main``'s exit status, 2 after a ``UserError``, or 130 when interrupted.
+
+    It is 1 when the reader of our output has gone, as in ``train.py ... | head -1``.
+    """
     try:
         return main(arguments)
     except UserError as error:
         one_line = " ".join(str(error).split())
         print(f"{program}: error: {one_line}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print(
             f"{program}: interrupted; --resume continues after the last validation",
