@@ -48,13 +48,16 @@ def settle_lean(args: argparse.Namespace) -> None:
         raise UserError("--gcp builds on --lean exact; leave out --lean off or --gcp")
 
 
-def note_inert_flags(args: argparse.Namespace, activation: str, has_attention: bool) -> None:
+def note_inert_flags(
+    args: argparse.Namespace, activation: str, has_attention: bool, has_memory: bool = False
+) -> None:
     """Tell the user of flags that change nothing, and give them their usual values.
 
     Args:
         args: after ``settle_lean``.
         activation: of the network's feed-forward parts.
         has_attention: its blocks have attention, which ``--gcp`` replays in every lean mode.
+        has_memory: some of it attends to another sequence, and weights of attention are dropped.
     """
     rule, is_approx = args.learning_rule, args.lean == "approx"
     for flag, name, matters, where in (
@@ -72,7 +75,17 @@ def note_inert_flags(args: argparse.Namespace, activation: str, has_attention: b
         args.gcp = False
     if rule == "bp" and is_approx:
         note("--lean approx keeps more than --lean exact does under --learning-rule bp")
-    if rule != "bp" and args.lean == "exact" and activation != "relu":
+    if rule == "bp" or args.lean != "exact":
+        return
+    first_useful_level = (4 if args.gcp else 3) if has_memory else 5
+    if int(rule[-1]) >= first_useful_level:
+        return
+    if args.gcp:
+        note(
+            f"--learning-rule {rule} keeps no less than bp does under --gcp, which computes again "
+            "what the rule does without"
+        )
+    elif activation != "relu":
         note(
             f"--learning-rule {rule} keeps no less than bp does under --lean exact with "
             f"{activation}; --lean approx lets it"

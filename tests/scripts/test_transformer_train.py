@@ -47,7 +47,7 @@ def test_the_command_of_the_paper_runs(call: Callable, iwslt: Path, tmp_path: Pa
     place = ("--data-path", iwslt, "--output", tmp_path / "runs", "--device", "cpu")
     short = (*SMALL_TRANSFORMER.split(), "--num-of-epochs", 1)
     status, _, err = call("Transformer/train.py", *PAPER.split(), *place, *short)
-    assert (status, err) == (0, "")
+    assert status == 0 and err.count("\n") == 1 and "asa2 keeps no less than bp does" in err
     folder = run_folder(tmp_path)
     assert folder.name.startswith("IWSLT_G2E_baseline_asa2_gcp_hidden-8_")
     config = json.loads((folder / "config.json").read_text())
@@ -287,6 +287,11 @@ NOTES = {
     "vocabulary": (("--vocab-size", "99"), "--vocab-size does nothing under --tokenizer words"),
     "scale of ASA's code": (("--asa-scale", "mean"), "--asa-scale does nothing under"),
     "approximate bp": (("--lean", "approx"), "keeps more than --lean exact"),
+    "replayed ReLU": (("--learning-rule", "asa3", "--gcp"), "asa3 keeps no less than bp does"),
+    "exact GELU": (
+        ("--learning-rule", "asa2", "--activation", "gelu"),
+        "asa2 keeps no less than bp does",
+    ),
 }
 
 
@@ -298,6 +303,15 @@ def test_a_flag_that_does_nothing_gets_a_note(
     notes = [line for line in err.splitlines() if words in line]
     assert status == 0 and out.startswith("dry run")
     assert len(notes) == 1 and notes[0].startswith("train.py: note: ")
+
+
+@pytest.mark.parametrize(
+    "arguments", [("asa4", "--gcp"), ("asa3", "--activation", "gelu"), ("asa1",)]
+)
+def test_a_rule_that_saves_something_gets_no_note(
+    train_transformer: Callable, arguments: tuple[str, ...]
+):
+    assert train_transformer("--dry-run", "--learning-rule", *arguments)[2] == ""
 
 
 BAD_COMMANDS = {
