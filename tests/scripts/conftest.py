@@ -90,6 +90,10 @@ def train_patches(
 
 
 SMALL_TRANSFORMER = "--hidden 8 --num-layers 1 --head 2 --mlp-hidden 16"
+TRANSLATION_OF_THE_PAPER = (
+    "--batch_size 4096 --dataset_name IWSLT --language_direction G2E --learning_rule asa2 "
+    "--gcp True --device 0 --get_li True"
+)
 
 
 @pytest.fixture

@@ -1,14 +1,16 @@
 """The README's code and commands run."""
 
+import io
 import json
 import re
 import runpy
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from scripts.conftest import SMALL
+from scripts.conftest import SMALL, SMALL_TRANSFORMER, TRANSLATION_OF_THE_PAPER
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -35,15 +37,15 @@ def test_its_report_is_what_the_code_prints(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def _commands() -> list[tuple[str, list[str]]]:
-    """Folder and arguments of every ``python train.py``."""
+    """Folder and arguments of every ``python train.py``, what it reads set aside."""
     found = []
     for block in _blocks("sh"):
         folder = ""
         for line in block.splitlines():
             if line.startswith("cd "):
                 folder = line.removeprefix("cd ").removeprefix("../")
-            elif line.startswith("python train.py"):
-                found.append((folder, shlex.split(line)[2:]))
+            elif "python train.py" in line:
+                found.append((folder, shlex.split(line.partition("python train.py")[2])))
     return found
 
 
@@ -67,6 +69,29 @@ def test_its_commands_train_and_score(folder: str, request, tmp_path: Path):
     status, out, err = train(*scoring, *shorter)
     assert status == 0, err
     assert out.startswith("test accuracy")
+
+
+def test_its_commands_train_score_and_translate(
+    train_transformer: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    few = ["--dataset-name", "parallel", "--epochs", "1", *SMALL_TRANSFORMER.split()]
+    commands = [w for folder, w in _commands() if folder == "Transformer" and "cldr" in w]
+    training, *others = commands
+    status, _, err = train_transformer(*training, *few)
+    assert status == 0, err
+    starts = []
+    for words in others:
+        place = words.index("--model_path") + 1
+        words[place] = str(tmp_path / "runs" / Path(words[place]).relative_to("results"))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Der Hund\n")))
+        status, out, err = train_transformer(*words, *few)
+        assert (status, err) == (0, "")
+        starts.append(out.partition(" BLEU")[0])
+    assert starts[0] == "test" and starts[1].count("\n") == 1
+
+
+def test_the_papers_command_for_translation_is_the_tested_one():
+    assert f"python train.py {TRANSLATION_OF_THE_PAPER}\n" in README
 
 
 @pytest.mark.parametrize("folder", SMALL)
@@ -144,3 +169,41 @@ def test_its_accuracies_are_the_recorded_ones():
             assert mib == f"{row['saved_mib']:.1f}"
             found = float(indicator.replace("−", "-"))
             assert found == pytest.approx(row["median_learning_indicator"], abs=0.000501)
+
+
+def test_its_bytes_of_translation_are_the_recorded_ones():
+    tables = [_record("translation_memory")[f"dropout {dropout}"] for dropout in (0.1, 0.0)]
+    rows = _table("| rule | saved MiB, dropout 0.1 |")
+    assert len(rows) == 13
+    for label, mib, times, _, *without in rows:
+        for table, found in zip(tables, ((mib, times), without), strict=True):
+            row = table[label.removesuffix(", lean off")]
+            assert float(found[0]) == pytest.approx(row["mib"], abs=0.501)
+            assert float(found[1]) == pytest.approx(row["times_less"], abs=0.00501)
+
+
+def test_its_times_of_translation_are_the_recorded_ones():
+    record = _record("translation_speed_cpu")
+    rows = _table("| rule | Transformer |")
+    assert len(rows) == len(record["training_step"])
+    for label, ratio in rows:
+        recorded = record["training_step"][label]["median_ratio"]
+        assert float(ratio) == pytest.approx(recorded, abs=0.00501)
+    rows = _table("| 1000 texts |")
+    for loops, (_, *ratios) in zip(record["beam_search"].values(), rows, strict=True):
+        names = ("uncached", "uncached, sources encoded once")
+        recorded = [loops[name]["median_ratio"] for name in names]
+        assert [float(ratio) for ratio in ratios] == pytest.approx(recorded, abs=0.0501)
+        assert {loop["same_translations"] for loop in loops.values()} == {"1000 of 1000"}
+
+
+def test_its_scores_of_translation_are_the_recorded_ones():
+    record = _record("translation_accuracy")["rules"]
+    rows = _table("| rule | BLEU |")
+    assert len(rows) == len(record)
+    for label, bleu, mib, indicator in rows:
+        row = record[label]
+        assert bleu == f"{row['bleu_mean']:.1f} ± {row['bleu_sd']:.1f}"
+        assert mib == f"{row['saved_mib']:.1f}"
+        found = float(indicator.replace("−", "-"))
+        assert found == pytest.approx(row["median_learning_indicator"], abs=0.000501)

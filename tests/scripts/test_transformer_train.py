@@ -14,6 +14,7 @@ import torch
 from scripts.conftest import (
     RULES,
     SMALL_TRANSFORMER,
+    TRANSLATION_OF_THE_PAPER,
     assert_refused,
     assert_same_results,
     files_of,
@@ -22,9 +23,6 @@ from scripts.conftest import (
     spellings,
     weights_of,
 )
-
-PAPER = "--batch_size 4096 --dataset_name IWSLT --language_direction G2E --learning_rule asa2"
-PAPER += " --gcp True --device 0 --get_li True"
 
 
 @pytest.fixture
@@ -46,7 +44,7 @@ def iwslt(texts: Path, tmp_path: Path) -> Path:
 def test_the_command_of_the_paper_runs(call: Callable, iwslt: Path, tmp_path: Path):
     place = ("--data-path", iwslt, "--output", tmp_path / "runs", "--device", "cpu")
     short = (*SMALL_TRANSFORMER.split(), "--num-of-epochs", 1)
-    status, _, err = call("Transformer/train.py", *PAPER.split(), *place, *short)
+    status, _, err = call("Transformer/train.py", *TRANSLATION_OF_THE_PAPER.split(), *place, *short)
     assert status == 0 and err.count("\n") == 1 and "asa2 keeps no less than bp does" in err
     folder = run_folder(tmp_path)
     assert folder.name.startswith("IWSLT_G2E_baseline_asa2_gcp_hidden-8_")
