@@ -11,6 +11,15 @@ from torch import Tensor, nn
 
 from aal.lean import replay
 
+# Keyword arguments of ``aal.method.Method``, beside the rule.
+LEAN_METHODS = {
+    "exact": {"lean": "exact"},
+    "exact-gcp": {"lean": "exact", "gcp": True},
+    "approx": {"lean": "approx"},
+    "approx-gcp": {"lean": "approx", "gcp": True},
+}
+METHODS = {"off": {}, **LEAN_METHODS}
+
 
 def cotangent_of(y: Tensor) -> Tensor:
     """A random gradient of ``y``, the same on every call."""

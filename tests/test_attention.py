@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 from helpers import (
+    LEAN_METHODS,
+    METHODS,
     assert_compiles,
     assert_same_bits,
     compiling,
@@ -21,13 +23,6 @@ from aal.ops.sign_pack import sign_code
 from aal.rules.placement import RULES
 
 BATCH, TOKENS, SEEN, WIDTH, HEADS = 2, 5, 7, 12, 3
-LEAN_METHODS = {
-    "exact": {"lean": "exact"},
-    "exact-gcp": {"lean": "exact", "gcp": True},
-    "approx": {"lean": "approx"},
-    "approx-gcp": {"lean": "approx", "gcp": True},
-}
-METHODS = {"off": {}, **LEAN_METHODS}
 KINDS = {
     "self": SelfAttention,
     "causal": lambda *args, **options: SelfAttention(*args, is_causal=True, **options),

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from helpers import (
+    LEAN_METHODS,
+    METHODS,
     assert_compiles,
     assert_same_bits,
     compiling,
@@ -24,13 +26,6 @@ WIDTH, HIDDEN = 8, 24
 SHAPE = (3, 5, WIDTH)
 TOKENS = 15
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
-LEAN_METHODS = {
-    "exact": {"lean": "exact"},
-    "exact-gcp": {"lean": "exact", "gcp": True},
-    "approx": {"lean": "approx"},
-    "approx-gcp": {"lean": "approx", "gcp": True},
-}
-METHODS = {"off": {}, **LEAN_METHODS}
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 every_rule = pytest.mark.parametrize("rule", RULES)
 every_method = pytest.mark.parametrize("method", METHODS)

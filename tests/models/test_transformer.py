@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
+    LEAN_METHODS,
+    METHODS,
     assert_compiles,
     assert_same_bits,
     compiling,
@@ -36,13 +38,6 @@ from aal.rules.placement import RULES
 SIZES = {"width": 12, "depth": 2, "heads": 3, "mlp_width": 20}
 SOURCES, TARGETS = 13, 11  # tokens in the vocabularies
 SOURCE_LENGTHS, TARGET_LENGTHS = (6, 3, 5), (4, 5, 2)
-LEAN_METHODS = {
-    "exact": {"lean": "exact"},
-    "exact-gcp": {"lean": "exact", "gcp": True},
-    "approx": {"lean": "approx"},
-    "approx-gcp": {"lean": "approx", "gcp": True},
-}
-METHODS = {"off": {}, **LEAN_METHODS}
 every_rule = pytest.mark.parametrize("rule", RULES)
 every_method = pytest.mark.parametrize("method", METHODS)
 lean_methods = pytest.mark.parametrize("method", LEAN_METHODS)
