@@ -18,9 +18,7 @@ APPROX = ["--activation", "gelu", "--learning-rule", "asa1", "--lean", "approx"]
 SETTINGS = {
     "bp": [],
     **{rule: ["--learning-rule", rule] for rule in ("asa1", "asa2", "asa3", "asa4")},
-    "asa4, mean scale": ["--learning-rule", "asa4", "--asa-scale", "mean"],
-    "asa4 + gcp": ["--learning-rule", "asa4", "--gcp"],
-    **{rule: ["--learning-rule", rule] for rule in ("aba1", "aba2", "aba3", "aba4")},
+    **{rule: ["--learning-rule", rule] for rule in ("aba1", "aba4")},
     "bp, GELU": ["--activation", "gelu"],
     "asa1, GELU, lean approx": APPROX,
 }
