@@ -88,9 +88,10 @@ def find(dataset: str, direction: str, path: Path) -> Files:
 def read(files: Files) -> Texts:
     """Read a corpus: NFC, one space where there was any white space, no empty texts.
 
-    Parts that have their own files stay as they are. Parts without are cut from the training texts
-    by a hash of the German text, so that the order of the files does not matter; then no text of
-    the validation or test part occurs in another part, and no pair occurs twice.
+    If both validation and test have their own files, all parts stay as they are. A part without is
+    cut from the training texts by a hash of the German text, so that the order of the files does
+    not matter; then no text of the test part occurs in another part, none of the validation part in
+    the training part, and no training pair occurs twice.
 
     Raises:
         UserError: a file is damaged, or two files do not belong together.

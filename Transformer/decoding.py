@@ -43,14 +43,16 @@ def translate(
 
     At every step the ``beam`` likeliest unfinished translations of a source go on. It is done
     when as many are finished; the best of them has the highest log-probability divided by
-    ``((5 + length) / 6) ** length_penalty``, of a length that counts ``END``.
+    ``((5 + length) / 6) ** length_penalty``, of a length that counts ``END``. At ``max_length``
+    those that go on count as finished.
 
     Args:
         model: in evaluation mode.
         source: (B, S), at least one token in each row, then ``PAD``.
         beam: 1 for greedy search.
         length_penalty: 0 favours short translations, 1 long ones.
-        max_length: tokens of a translation, ``END`` included; ``2 * S + 10`` if None.
+        max_length: tokens of a translation, ``END`` included; ``2 * S + 10`` if None, where S is
+            that of the longest source of the batch.
 
     Returns:
         Ids of each translation, no special token among them.

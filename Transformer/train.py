@@ -178,7 +178,13 @@ def main(arguments: Sequence[str]) -> int:
     args = parse_args(arguments)
     usual = {flag: getattr(transformer.MODELS[args.model], name) for flag, name in FIELDS.items()}
     sizes = {flag: vars(args).get(flag, value) for flag, value in usual.items()}
-    note_inert_flags(args, sizes["activation"], has_attention=True, has_memory=True)
+    note_inert_flags(
+        args,
+        sizes["activation"],
+        has_attention=True,
+        has_memory=True,
+        drops_weights=sizes["dropout"] > 0,
+    )
 
     def build_for(source_vocabulary: int, target_vocabulary: int) -> nn.Module:
         return transformer.build(

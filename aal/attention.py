@@ -4,8 +4,8 @@ Projections that read one input are one linear layer: queries, keys and values o
 keys and values of cross-attention. Under ASA they keep one code of it.
 
 The kernel of attention keeps its own output, which is the input of ``proj``, and ``gcp`` keeps
-neither: a rule on ``proj`` (level 3) saves nothing but where dropout or a mask make PyTorch attend
-without a kernel.
+neither: a rule on ``proj`` (level 3) saves nothing but where PyTorch attends without a kernel, as
+it does on CPU when weights of attention are dropped.
 
 Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2; levels as in
 ``aal.rules.placement``.

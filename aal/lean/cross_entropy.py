@@ -71,9 +71,12 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         else:
             *grads, count = ctx.saved_tensors
         scale = grad_output / count.clamp(min=1)  # if no row counts, the gradients are zero
-        return *(grad if grad is None else grad * scale.to(grad.dtype) for grad in grads), *[
-            None
-        ] * 3
+        return *(_scaled(grad, scale) for grad in grads), None, None, None
+
+
+def _scaled(grad: Tensor | None, scale: Tensor) -> Tensor | None:
+    """``grad * scale``, rounded once: half precision could not even hold some scales."""
+    return None if grad is None else (grad.to(scale.dtype) * scale).to(grad.dtype)
 
 
 def _loss_and_gradients(

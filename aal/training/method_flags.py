@@ -49,7 +49,11 @@ def settle_lean(args: argparse.Namespace) -> None:
 
 
 def note_inert_flags(
-    args: argparse.Namespace, activation: str, has_attention: bool, has_memory: bool = False
+    args: argparse.Namespace,
+    activation: str,
+    has_attention: bool,
+    has_memory: bool = False,
+    drops_weights: bool = False,
 ) -> None:
     """Tell the user of flags that change nothing, and give them their usual values.
 
@@ -57,7 +61,8 @@ def note_inert_flags(
         args: after ``settle_lean``.
         activation: of the network's feed-forward parts.
         has_attention: its blocks have attention, which ``--gcp`` replays in every lean mode.
-        has_memory: some of it attends to another sequence, and weights of attention are dropped.
+        has_memory: some of it attends to another sequence.
+        drops_weights: weights of attention are dropped.
     """
     rule, is_approx = args.learning_rule, args.lean == "approx"
     for flag, name, matters, where in (
@@ -77,8 +82,8 @@ def note_inert_flags(
         note("--lean approx keeps more than --lean exact does under --learning-rule bp")
     if rule == "bp" or args.lean != "exact":
         return
-    first_useful_level = (4 if args.gcp else 3) if has_memory else 5
-    if int(rule[-1]) >= first_useful_level:
+    level = int(rule[-1])
+    if (level == 4 and has_memory) or (level == 3 and drops_weights and not args.gcp):
         return
     if args.gcp:
         note(

@@ -176,7 +176,8 @@ class Run:
         optimizer = settings.optimizer_of(model.parameters())
         if worker.world_size > 1:
             index = [worker.device] if worker.device.type == "cuda" else None
-            model = DistributedDataParallel(model, device_ids=index)
+            # Buffers are shared before a validation, not at every step.
+            model = DistributedDataParallel(model, device_ids=index, broadcast_buffers=False)
         trainer = Trainer(
             self.task(),
             model,

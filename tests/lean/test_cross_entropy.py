@@ -232,6 +232,21 @@ def test_a_scale_keeps_gradients_of_many_rows_from_zero_in_half_precision(recomp
     assert rare.any() and found[1]["x"][rare].count_nonzero() > 0.9 * rare.sum()
 
 
+@both_ways
+def test_a_scale_beyond_half_precision_is_no_infinity(recompute):
+    """float16 ends at 65504, which a scale reaches before the gradients do."""
+    given = {name: tensor * 0.01 for name, tensor in tensors(1, dtype=torch.float32).items()}
+    labels = torch.tensor([1])
+
+    def scaled(forward):
+        return lambda **leaves: forward(**leaves) * 2.0**18
+
+    exact = run(scaled(stock(labels)), **given)[1]
+    half = {name: tensor.half() for name, tensor in given.items()}
+    found = run(scaled(ours(labels, recompute=recompute)), **half)[1]
+    torch.testing.assert_close(found["x"].float(), exact["x"], rtol=0.01, atol=20.0)
+
+
 def flops(function) -> int:
     with FlopCounterMode(display=False) as counter:
         function()

@@ -290,6 +290,10 @@ NOTES = {
         ("--learning-rule", "asa2", "--activation", "gelu"),
         "asa2 keeps no less than bp does",
     ),
+    "nothing dropped": (
+        ("--learning-rule", "asa3", "--activation", "gelu", "--dropout", "0"),
+        "asa3 keeps no less than bp does",
+    ),
 }
 
 
