@@ -6,6 +6,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+NOTED = "AAL_NOTED"  # in the environment of processes whose parent has made their notes
+
+_LARGEST = 1e30  # what single precision holds, with room for products
 _TRUE = ("true", "yes", "on", "1")
 _FALSE = ("false", "no", "off", "0")
 
@@ -22,17 +25,13 @@ def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str], program:
     try:
         return main(arguments)
     except UserError as error:
-        one_line = " ".join(str(error).split())
-        print(f"{program}: error: {one_line}", file=sys.stderr)
+        _tell(f"{program}: error: {' '.join(str(error).split())}")
         return 2
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
-    except KeyboardInterrupt:
-        print(
-            f"{program}: interrupted; --resume continues after the last validation",
-            file=sys.stderr,
-        )
+    except KeyboardInterrupt as error:  # perhaps with what can be done now
+        _tell("; ".join([f"{program}: interrupted", *error.args]))
         return 130
 
 
@@ -73,28 +72,57 @@ class Parser(argparse.ArgumentParser):
 
 
 def note(text: str) -> None:
-    """Tell the user something that stops nothing, on stderr."""
-    print(f"train.py: note: {text}", file=sys.stderr)
+    """Tell the user something that stops nothing, on stderr, once for all processes."""
+    if is_first() and NOTED not in os.environ:
+        _tell(f"train.py: note: {text}")
+
+
+def is_first() -> bool:
+    """Is this the only process, or the first of several?"""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def write_output(content: bytes) -> None:
+    """Write to stdout at once.
+
+    Raises:
+        UserError: it cannot be written, for instance because the disk is full.
+        BrokenPipeError: the reader has gone; ``run`` knows what to do.
+    """
+    try:
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop_output()
+        raise UserError(f"cannot write the output: {error.strerror}") from error
 
 
 def positive_int(text: str) -> int:
-    """An integer of at least 1."""
-    return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")
+    """An integer of at least 1 that fits 63 bits."""
+    return _number(
+        text, int, lambda value: 1 <= value < 2**63, "a whole number of at least 1, below 2**63"
+    )
 
 
 def non_negative_int(text: str) -> int:
     """An integer of at least 0 that fits 63 bits."""
-    return _number(text, int, lambda value: 0 <= value < 2**63, "a whole number of at least 0")
+    return _number(
+        text, int, lambda value: 0 <= value < 2**63, "a whole number of at least 0, below 2**63"
+    )
 
 
 def positive_float(text: str) -> float:
-    """A finite number above 0."""
-    return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
+    """A number above 0 that single precision can hold."""
+    return _number(text, float, lambda value: 0 < value <= _LARGEST, "a number above 0, up to 1e30")
 
 
 def non_negative_float(text: str) -> float:
-    """A finite number of at least 0."""
-    return _number(text, float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
+    """A number of at least 0 that single precision can hold."""
+    return _number(
+        text, float, lambda value: 0 <= value <= _LARGEST, "a number of at least 0, up to 1e30"
+    )
 
 
 def probability(text: str) -> float:
@@ -105,6 +133,17 @@ def probability(text: str) -> float:
 def fraction(text: str) -> float:
     """A number of at least 0 and below 1."""
     return _number(text, float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+
+
+def at_most(limit: float, kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Numbers of a kind, such as ``positive_int``, up to a limit."""
+
+    def number(text: str) -> Any:
+        if (value := kind(text)) > limit:
+            raise argparse.ArgumentTypeError(f"must be at most {limit}, got {text!r}")
+        return value
+
+    return number
 
 
 def _number(text: str, kind: type, valid: Callable[[Any], bool], wanted: str) -> Any:
@@ -121,6 +160,16 @@ def _truth(text: str) -> bool:
     if text.lower() not in _TRUE + _FALSE:
         raise argparse.ArgumentTypeError(f"must be True or False, got {text!r}")
     return text.lower() in _TRUE
+
+
+def _tell(line: str) -> None:
+    """Write to stderr in one piece, so that lines of several processes do not mix."""
+    print(f"{line}\n", end="", file=sys.stderr)
+
+
+def _drop_output() -> None:
+    """Send to nowhere what stdout still holds, which Python would try to write at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _canonical(word: str, known: dict[str, str]) -> str:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from aal.training.command_line import UserError
+from aal.training.command_line import NOTED, UserError
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,6 @@ def num_processes(devices: Sequence[torch.device]) -> int:
     return count
 
 
-def is_first() -> bool:
-    """Is this the only process, or the first of several?"""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def launch(script: str, arguments: Sequence[str], count: int) -> int:
     """Run ``script`` once per device and return the first bad exit status, or 0.
 
@@ -124,7 +119,7 @@ def launch(script: str, arguments: Sequence[str], count: int) -> int:
     processes = []
     for rank in range(count):
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count}
-        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, NOTED: 1}
         environment = os.environ | {name: str(value) for name, value in own.items()}
         processes.append(subprocess.Popen([sys.executable, script, *arguments], env=environment))
     try:

@@ -62,14 +62,19 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Load a checkpoint on CPU; only tensors and plain values are accepted.
 
     Raises:
-        UserError: the file is missing, truncated, or not a checkpoint.
+        UserError: the file is missing, unreadable, truncated, or not a checkpoint.
     """
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; name a checkpoint in it, such as best.pth")
-    if not path.is_file():
-        raise UserError(f"there is no checkpoint at {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; name a checkpoint in it, such as best.pth")
+        if not path.is_file():
+            raise UserError(f"there is no checkpoint at {path}")
+        file = path.open("rb")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        with file:
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen types for damaged files
         # Its text is left out: it advises to load what may run code.
         raise UserError(f"{path} is damaged or not a checkpoint of tensors and numbers") from error

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from aal.indicator import IndicatorRecorder
 from aal.memory import MIB
 from aal.training import devices
-from aal.training.command_line import Parser, UserError
+from aal.training.command_line import Parser, UserError, is_first
 from aal.training.devices import Worker
 from aal.training.files import read_checkpoint
 from aal.training.loop import Task, Trainer
@@ -89,7 +89,7 @@ class Run:
         self.folder = None
         if not (args.dry_run or "model_path" in args):
             self.folder = RunFolder(args.output, self.name(), self.metric, self.columns)
-            if devices.is_first():
+            if is_first():
                 self.folder.check(args.resume)
 
     def usual_settings(self) -> Recipe:
@@ -135,17 +135,18 @@ class Run:
     def check_extras(self, state: Mapping[str, Any]) -> None:
         """Raise ``UserError`` if a state to be resumed has other ``extras`` than this run."""
 
+    def check_checkpoint(self, path: Path, state: Mapping[str, Any]) -> None:
+        """Raise ``UserError`` if a checkpoint's network computes another function than ours."""
+        check_agrees(path, state.get("function", {}), self.function)
+
+    def trial_text(self) -> str:
+        """What a dry run says of its data behind the number of steps."""
+        return ""
+
     def make_model(self) -> None:
         """Build the network from the seed, and load ``--model-path`` into it."""
         devices.seed_everything(self.settings.seed)
-        try:
-            self.model = self.build()
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        except (RuntimeError, MemoryError) as error:  # PyTorch's allocator raises the former
-            raise UserError(
-                f"cannot build the network, perhaps for want of memory: {error}"
-            ) from error
+        self.model = built(self.build)
         if self.args.get_li:
             self.recorder = IndicatorRecorder(self.model)
         if "model_path" in self.args:
@@ -198,7 +199,7 @@ class Run:
         validation = self.validate(worker, "dry run")
         if worker.is_main:
             print(
-                f"dry run: {trainer.step} steps, loss {train['loss']:.4f}, then "
+                f"dry run: {trainer.step} steps{self.trial_text()}, loss {train['loss']:.4f}, then "
                 f"{validation['loss']:.4f}; saved {trainer.saved_mib:.1f} MiB, "
                 f"{_rate(train)}; nothing was written"
             )
@@ -284,19 +285,37 @@ class Run:
     def _load_checkpoint(self, path: Path) -> None:
         """Load one of our checkpoints, or a bare state dict such as torchvision's."""
         state = read_checkpoint(path)
-        check_agrees(path, state.get("function", {}), self.function)
+        self.check_checkpoint(path, state)
+        weights = state.get("model", state)
+        if not isinstance(weights, dict):
+            raise UserError(f"{path} holds {type(weights).__name__} instead of weights by name")
         try:
-            self.load_weights(self.model, state.get("model", state))
-        except (ValueError, RuntimeError, AttributeError) as error:
+            self.load_weights(self.model, weights)
+        except (ValueError, RuntimeError) as error:
             raise UserError(f"{path}: {error}") from error
+
+
+def built(build: Callable[[], nn.Module]) -> nn.Module:
+    """What ``build`` makes; raises ``UserError`` if that is impossible."""
+    try:
+        return build()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    except (RuntimeError, MemoryError) as error:  # PyTorch's allocator raises the former
+        raise UserError(f"cannot build the network, perhaps for want of memory: {error}") from error
 
 
 def execute(run: Run, script: str, arguments: Sequence[str]) -> int:
     """Execute a run, in one process per device; returns the exit status."""
-    if len(run.devices) > 1 and not devices.is_launched():
-        return devices.launch(script, arguments, len(run.devices))
-    with devices.joined(run.devices) as worker:
-        run.execute(worker)
+    try:
+        if len(run.devices) > 1 and not devices.is_launched():
+            return devices.launch(script, arguments, len(run.devices))
+        with devices.joined(run.devices) as worker:
+            run.execute(worker)
+    except KeyboardInterrupt as error:
+        if run.folder is not None and run.folder.last.is_file():
+            raise KeyboardInterrupt("--resume continues after the last validation") from error
+        raise
     return 0
 
 

@@ -1,8 +1,19 @@
 """Flags as people type them."""
 
+import sys
+
 import pytest
 
-from aal.training.command_line import Parser, UserError, positive_float, positive_int, run
+from aal.training.command_line import (
+    NOTED,
+    Parser,
+    UserError,
+    at_most,
+    note,
+    positive_float,
+    positive_int,
+    run,
+)
 
 
 @pytest.fixture
@@ -11,6 +22,7 @@ def parser() -> Parser:
     parser.add_argument("--ARA-stride", type=positive_int, nargs="+")
     parser.add_argument("--model-path", "--weights")
     parser.add_argument("--lr", type=positive_float)
+    parser.add_argument("--beam", type=at_most(9, positive_int))
     parser.add_switch("--get-li", help="record")
     return parser
 
@@ -43,7 +55,11 @@ def test_a_switch_takes_nothing_a_truth_value_or_no(parser: Parser, words: list,
     [
         (["--lr", "0"], "above 0"),
         (["--lr", "nan"], "above 0"),
+        (["--lr", "1e300"], "up to 1e30"),
         (["--ara-stride", "2", "0"], "at least 1"),
+        (["--ara-stride", "9" * 400], "below 2"),
+        (["--beam", "0"], "at least 1"),
+        (["--beam", "10"], "at most 9, got '10'"),
         (["--ara-stride", "2.5"], "'2.5'"),
         (["--get-li", "perhaps"], "'perhaps'"),
         (["--mod", "x"], "--mod"),
@@ -62,6 +78,48 @@ def test_a_user_error_becomes_one_line_and_status_2(capsys: pytest.CaptureFixtur
 
     assert run(main, [], "train.py") == 2
     assert capsys.readouterr().err == "train.py: error: no such thing; try another\n"
+
+
+def test_a_line_is_written_in_one_piece(monkeypatch: pytest.MonkeyPatch):
+    """Those of several processes would mix."""
+    pieces = []
+
+    class Stderr:
+        def write(self, text: str) -> None:
+            pieces.append(text)
+
+    def main(arguments):
+        note("this stops nothing")
+        raise UserError("no such thing")
+
+    monkeypatch.setattr(sys, "stderr", Stderr())
+    run(main, [], "train.py")
+    lines = ["train.py: note: this stops nothing\n", "train.py: error: no such thing\n"]
+    assert [piece for piece in pieces if piece] == lines
+
+
+@pytest.mark.parametrize("variable, value", [("RANK", "1"), (NOTED, "1")])
+def test_one_of_several_processes_makes_notes(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+):
+    monkeypatch.setenv("RANK", "0")
+    note("first")
+    monkeypatch.setenv(variable, value)
+    note("second")
+    assert capsys.readouterr().err == "train.py: note: first\n"
+
+
+@pytest.mark.parametrize(
+    "hints, words", [((), ""), (("--resume continues",), "; --resume continues")]
+)
+def test_an_interrupted_run_says_what_can_be_done(
+    capsys: pytest.CaptureFixture, hints: tuple[str, ...], words: str
+):
+    def main(arguments):
+        raise KeyboardInterrupt(*hints)
+
+    assert run(main, [], "train.py") == 130
+    assert capsys.readouterr().err == f"train.py: interrupted{words}\n"
 
 
 def test_flags_of_old_releases_are_answered_with_what_became_of_them(parser: Parser):

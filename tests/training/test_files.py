@@ -50,6 +50,11 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out == ""
 
 
+def test_a_checkpoint_that_cannot_be_looked_for_is_named():
+    with pytest.raises(UserError, match="cannot read .*xx.pth: "):
+        read_checkpoint(Path("x" * 300 + ".pth"))
+
+
 def test_a_checkpoint_must_be_a_dictionary(tmp_path: Path):
     torch.save([1, 2], tmp_path / "x.pth")
     with pytest.raises(UserError, match="list, not a checkpoint"):
