@@ -53,6 +53,11 @@ class Files:
     def __iter__(self) -> Iterator[Path]:
         return iter((*self.train, *self.validation, *self.test))
 
+    @property
+    def cuts_test(self) -> bool:
+        """Is the test part cut from the training texts, so that other texts give another?"""
+        return bool(self.train) and not self.test
+
 
 @dataclass(frozen=True)
 class Texts:
@@ -72,10 +77,17 @@ def find(dataset: str, direction: str, path: Path) -> Files:
         path: folder to look in.
 
     Raises:
-        UserError: files are missing; the text says what to put where.
+        UserError: files are missing or unreadable; the text says what to put where.
     """
     if dataset == "cldr":
         return Files(dataset)
+    try:
+        return _find(dataset, direction, path)
+    except OSError as error:  # such as a folder that may not be searched
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+
+
+def _find(dataset: str, direction: str, path: Path) -> Files:
     if not path.is_dir():
         raise UserError(f"there is no folder {path}; name that of {dataset} with --data-path")
     if dataset == "IWSLT":

@@ -314,6 +314,12 @@ def test_a_missing_folder_is_named(tmp_path: Path, dataset: str):
         corpora.find(dataset, "G2E", tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("dataset", [name for name in corpora.NAMES if name != "cldr"])
+def test_a_folder_that_cannot_be_looked_for_is_named(dataset: str):
+    with pytest.raises(UserError, match="cannot read xxx.*: "):
+        corpora.find(dataset, "G2E", Path("x" * 300))
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_file_without_permission_is_named(tmp_path: Path):
     write_parallel(tmp_path)
