@@ -3,7 +3,7 @@
 import hashlib
 import json
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from itertools import islice
@@ -16,7 +16,7 @@ import torch
 from corpora import Files, Pair
 from tokens import Tokenizer, WordCollector
 from torch import Tensor
-from transformer import END, PAD, START
+from transformer import END, MAX_LENGTH, PAD, START
 
 from aal.training.command_line import UserError, note
 from aal.training.files import write_whole
@@ -64,6 +64,11 @@ class Part:
     target: Sequences
     references: list[str] | None = None  # of the validation and the test part
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """Tokens of each pair's longer text, of the target with one special token."""
+        return np.maximum(self.source.lengths, self.target.lengths + 1)
+
     def __len__(self) -> int:
         return len(self.source)
 
@@ -78,6 +83,10 @@ class Corpus:
     validation: Part
     test: Part
     fingerprint: str  # of the settings, the source files and the packages that read them
+    train_files: str  # digest of the files of the training part
+
+
+_Parts = tuple[Tokenizer, Tokenizer, Part, Part, Part]  # what a corpus begins with
 
 
 def load(settings: Settings, path: Path) -> Corpus:
@@ -87,30 +96,46 @@ def load(settings: Settings, path: Path) -> Corpus:
     are those it was made from.
 
     Raises:
-        UserError: files are missing or damaged; the text says what to put where.
+        UserError: files are missing or damaged, or a text is too long to be scored; the text says
+            what to put where.
     """
     files = corpora.find(settings.dataset, settings.direction, path)
-    made_from = _made_from(settings, files, path)
+    contents = {file: _size_and_digest(file) for file in files}
+    made_from = _made_from(settings, contents, path)
+    digests = _digest(made_from), _train_digest([contents[file] for file in files.train])
     name = f"{settings.dataset}-{_digest(json.dumps(asdict(settings)))}.npz"
-    corpus = _read_cache(path / "cache" / name, made_from)
-    if corpus is None:
-        corpus = _prepare(settings, files, _digest(made_from))
-        _write_cache(path / "cache" / name, made_from, corpus)
+    parts = _read_cache(path / "cache" / name, made_from)
+    if parts is not None:
+        return Corpus(*parts, *digests)
+    corpus = Corpus(*_prepare(settings, files), *digests)
+    _write_cache(path / "cache" / name, made_from, corpus)
     return corpus
 
 
-def load_test(settings: Settings, path: Path, source: Tokenizer, target: Tokenizer) -> Part:
-    """The test part, in the ids of given tokenisers, such as those of a checkpoint."""
-    pairs = corpora.read_test(corpora.find(settings.dataset, settings.direction, path))
-    return _scored_part(pairs, settings, source, target)
+def load_test(
+    settings: Settings, path: Path, source: Tokenizer, target: Tokenizer, train_files: str | None
+) -> Part:
+    """The test part, in the ids of given tokenisers, such as those of a checkpoint.
+
+    Raises:
+        UserError: as ``load``, or the part is cut from other texts than those that were learned,
+            whose ``Corpus.train_files`` is given.
+    """
+    files = corpora.find(settings.dataset, settings.direction, path)
+    if files.cuts_test and _train_digest(map(_size_and_digest, files.train)) != train_files:
+        raise UserError(
+            f"the texts in {path} are not those that the network learned, so that the test part "
+            "cut from them is no longer held out; name the folder of those with --data-path"
+        )
+    return _scored_part(corpora.read_test(files), "test", settings, source, target)
 
 
-def _prepare(settings: Settings, files: Files, fingerprint: str) -> Corpus:
+def _prepare(settings: Settings, files: Files) -> _Parts:
     texts = corpora.read(files)
     source, target, train = _learn(texts.train, settings)
-    validation = _scored_part(texts.validation, settings, source, target)
-    test = _scored_part(texts.test, settings, source, target)
-    return Corpus(source, target, train, validation, test, fingerprint)
+    validation = _scored_part(texts.validation, "validation", settings, source, target)
+    test = _scored_part(texts.test, "test", settings, source, target)
+    return source, target, train, validation, test
 
 
 def _learn(pairs: Iterable[Pair], settings: Settings) -> tuple[Tokenizer, Tokenizer, Part]:
@@ -133,10 +158,16 @@ def _learn(pairs: Iterable[Pair], settings: Settings) -> tuple[Tokenizer, Tokeni
 
 
 def _scored_part(
-    pairs: Sequence[Pair], settings: Settings, source: Tokenizer, target: Tokenizer
+    pairs: Sequence[Pair], name: str, settings: Settings, source: Tokenizer, target: Tokenizer
 ) -> Part:
     sequences = _encode(pairs, settings, source, target, is_training=False)
-    return Part(*sequences, [pair[_sides(settings)[1]] for pair in pairs])
+    part = Part(*sequences, [pair[_sides(settings)[1]] for pair in pairs])
+    if (longest := part.sizes.max()) > MAX_LENGTH:
+        raise UserError(
+            f"the {name} part of {settings.dataset} has a text of {longest} tokens, but the "
+            f"networks read {MAX_LENGTH}; shorten or remove it"
+        )
+    return part
 
 
 def _encode(
@@ -175,9 +206,9 @@ def _sides(settings: Settings) -> tuple[int, int]:
     return (0, 1) if settings.direction == "G2E" else (1, 0)
 
 
-def _made_from(settings: Settings, files: Files, path: Path) -> str:
+def _made_from(settings: Settings, contents: Mapping[Path, tuple[int, str]], path: Path) -> str:
     """What the prepared data depend on, as JSON."""
-    sources = [[str(file.relative_to(path)), *_size_and_digest(file)] for file in files]
+    sources = [[str(file.relative_to(path)), *content] for file, content in contents.items()]
     packages = [tokens.package_of(settings.tokenizer)]
     if settings.dataset in ("cldr", "gettext"):
         packages.append(f"babel {metadata.version('babel')}")
@@ -192,16 +223,26 @@ def _size_and_digest(path: Path) -> tuple[int, str]:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
+def _train_digest(contents: Iterable[tuple[int, str]]) -> str:
+    """A digest of what the training files hold, wherever they lie, and of how they are read."""
+    return _digest(json.dumps([_FORMAT, *contents]))
+
+
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _read_cache(path: Path, made_from: str) -> Corpus | None:
-    """The corpus that was kept, unless it was made from something else or is damaged."""
-    if not path.exists():
+def _read_cache(path: Path, made_from: str) -> _Parts | None:
+    """What was kept, unless it was made from something else or is damaged."""
+    try:
+        opened = path.open("rb")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        note(f"cannot read {path}: {error.strerror}; the data are prepared anew")
         return None
     try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+        with opened, np.load(opened, allow_pickle=False) as file:
             kept = json.loads(file["about"].tobytes())
             if kept["made_from"] != made_from:
                 return None
@@ -219,7 +260,7 @@ def _read_cache(path: Path, made_from: str) -> Corpus | None:
     except Exception:  # a damaged archive fails in a dozen ways
         note(f"{path} is damaged; the data are prepared anew")
         return None
-    return Corpus(source, target, *parts, _digest(made_from))
+    return source, target, *parts
 
 
 def _write_cache(path: Path, made_from: str, corpus: Corpus) -> None:
@@ -253,6 +294,20 @@ class Batch:
     indices: Tensor  # (B,) int64, the places of the pairs in their part
 
 
+def check_fits(part: Part, batch_size: int, world_size: int) -> None:
+    """Raise ``UserError`` if processes cannot learn pairs in batches of so many tokens together."""
+    if len(part) < world_size:
+        raise UserError(
+            f"{len(part)} training pairs are too few for {world_size} processes; name fewer devices"
+        )
+    budget = batch_size // world_size
+    if (longest := part.sizes.max()) > budget:
+        raise UserError(
+            f"--batch-size {batch_size} tokens, {budget} in each process, do not hold a training "
+            f"pair of {longest}; raise it or lower --max-length"
+        )
+
+
 class Batches:
     """The batches of one process, each pair of the part once in all processes together.
 
@@ -284,9 +339,9 @@ class Batches:
     ):
         self.part, self.seed, self.rank, self.world_size = part, seed, rank, world_size
         self.budget = batch_size // world_size
-        self._sizes = np.maximum(part.source.lengths, part.target.lengths + 1)
+        self._sizes = part.sizes
         if seed is not None:
-            self._check(batch_size)
+            check_fits(part, batch_size, world_size)
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -314,18 +369,6 @@ class Batches:
             target = [self.part.target[index] for index in indices]
             framed = _padded(target, before=[START], behind=[END])
             yield Batch(_padded(source), framed, torch.from_numpy(indices))
-
-    def _check(self, batch_size: int) -> None:
-        if len(self.part) < self.world_size:
-            raise UserError(
-                f"{len(self.part)} training pairs are too few for {self.world_size} processes; "
-                "name fewer devices"
-            )
-        if (longest := self._sizes.max()) > self.budget:
-            raise UserError(
-                f"--batch-size {batch_size} tokens, {self.budget} in each process, do not hold a "
-                f"training pair of {longest}; raise it or lower --max-length"
-            )
 
     def _cut(self, order: np.ndarray) -> list[np.ndarray]:
         """Cut pairs in this order into batches that fit the budget."""

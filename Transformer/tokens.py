@@ -15,7 +15,7 @@ from aal.training.command_line import UserError
 KINDS = ("words", "bpe")
 
 _MARK, _LIKE_THE_MARK = "￭", "■"  # no space on this side of a word; what a text gets instead
-_SMALLEST_BPE = len(SPECIAL) + 256  # every byte has an id
+_SMALLEST = {"words": len(SPECIAL) + 1, "bpe": len(SPECIAL) + 256}  # every byte has an id
 
 
 class Tokenizer(Protocol):
@@ -132,8 +132,7 @@ def learn_byte_pairs(texts: Iterable[str], vocab_size: int) -> BytePairs:
     Raises:
         UserError: fewer ids than there are bytes, or the package is missing.
     """
-    if vocab_size < _SMALLEST_BPE:
-        raise UserError(f"--vocab-size {vocab_size} is too small; bpe needs {_SMALLEST_BPE}")
+    check_vocab_size("bpe", vocab_size)
     package = _tokenizers()
     byte_level = package.pre_tokenizers.ByteLevel
     model = package.Tokenizer(package.models.BPE())
@@ -146,6 +145,12 @@ def learn_byte_pairs(texts: Iterable[str], vocab_size: int) -> BytePairs:
     )
     model.train_from_iterator(texts, trainer)
     return BytePairs(model.to_str())
+
+
+def check_vocab_size(kind: str, vocab_size: int) -> None:
+    """Raise ``UserError`` if a kind of tokeniser cannot do with so few ids."""
+    if vocab_size < _SMALLEST[kind]:
+        raise UserError(f"--vocab-size {vocab_size} is too small; {kind} needs {_SMALLEST[kind]}")
 
 
 def from_state(state: dict[str, Any]) -> Tokenizer:

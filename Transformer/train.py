@@ -15,7 +15,6 @@ Minutes on two CPU cores, with texts that need no download, and what the network
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from aal.training import command_line, run
 from aal.training.command_line import (
     Parser,
     UserError,
+    at_most,
     fraction,
     non_negative_float,
     note,
@@ -49,19 +49,6 @@ from aal.training.recipe import FLAGS, Flag, Recipe, add_recipe_flags, usual_tex
 
 DIRECTIONS = ("E2G", "G2E")
 MODEL, CLDR_MODEL = "baseline", "small"
-RECIPE = Recipe(
-    optimizer="adam",
-    scheduler="noam",
-    lr=512**-0.5 * 4000**-0.5,
-    epochs=20,
-    batch_size=1500,
-    warmup_steps=4000,
-    beta2=0.98,
-    adam_epsilon=1e-9,
-    label_smoothing=0.1,
-    seed=1234,
-)
-CLDR_RECIPE = replace(RECIPE, epochs=8, batch_size=1000, warmup_steps=400)
 RECIPE_FLAGS = ("epochs", "batch_size", "lr", "warmup_steps", "label_smoothing", "max_grad_norm")
 RECIPE_FLAGS += ("amp", "seed")
 CHANGED_FLAGS: dict[str, Flag] = {
@@ -82,6 +69,7 @@ SETTINGS = ("tokenizer", "min_freq", "vocab_size", "max_length")  # of data, by 
 USUAL_TEXTS = {name: getattr(Settings, name) for name in SETTINGS}
 USUAL_TEXTS |= {"beam": 4, "length_penalty": 0.6}
 INERT = {"bpe": "min_freq", "words": "vocab_size"}  # by tokeniser
+MAX_BEAM, MAX_LENGTH_PENALTY = 1000, 10
 _EVERY_EPOCH = "is gone; every epoch is recorded in metrics.jsonl, and its state in last.pth"
 _NOT_YET = "is not available yet; leave it out (--lean and --gcp save memory)"
 REJECTED = {
@@ -114,7 +102,10 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     run.add_arguments(parser)
     help = "with --model-path, translate the lines of stdin instead"
     parser.add_switch("--translate", help=help)
-    recipes = {"other texts": RECIPE, "cldr": CLDR_RECIPE}
+    recipes = {
+        "other texts": recipe("IWSLT", transformer.MODELS[MODEL].width),
+        "cldr": recipe("cldr", transformer.MODELS[CLDR_MODEL].width),
+    }
     add_recipe_flags(parser, RECIPE_FLAGS, recipes, FLAGS | CHANGED_FLAGS)
     parser.reject(REJECTED)
     args = parser.parse_args(arguments)
@@ -122,15 +113,28 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
         args.model = CLDR_MODEL if args.dataset_name == "cldr" else MODEL
     if args.translate and "model_path" not in args:
         raise UserError("--translate needs a checkpoint; name it with --model-path")
+    if args.translate and None in (sys.stdin, sys.stdout):
+        raise UserError("--translate reads stdin and writes stdout; leave both of them open")
+    _note_inert_text_flags(args)
+    tokens.check_vocab_size(args.tokenizer, args.vocab_size)
     if args.max_length >= transformer.MAX_LENGTH:
         limit = transformer.MAX_LENGTH - 1
         raise UserError(f"--max-length {args.max_length} is more than the networks' {limit}")
-    inert = INERT[args.tokenizer]
-    if getattr(args, inert) != USUAL_TEXTS[inert]:
-        note(f"--{inert.replace('_', '-')} does nothing under --tokenizer {args.tokenizer}")
-        setattr(args, inert, USUAL_TEXTS[inert])
     settle_lean(args)
     return args
+
+
+def _note_inert_text_flags(args: argparse.Namespace) -> None:
+    """Tell the user of flags that change nothing, and give them their usual values."""
+    inert, where = [INERT[args.tokenizer]], f"under --tokenizer {args.tokenizer}"
+    if "model_path" in args:
+        inert, where = SETTINGS, "with --model-path"
+    elif args.dry_run and args.tokenizer == "words":
+        inert = []  # its ids are as many as --vocab-size says
+    for name in inert:
+        if getattr(args, name) != USUAL_TEXTS[name]:
+            note(f"--{name.replace('_', '-')} does nothing {where}")
+            setattr(args, name, USUAL_TEXTS[name])
 
 
 def _add_text_flags(parser: Parser) -> None:
@@ -142,11 +146,12 @@ def _add_text_flags(parser: Parser) -> None:
 
     add("--tokenizer", "split texts into words, or into pairs of bytes", choices=tokens.KINDS)
     add("--min-freq", "how often a word occurs that gets an id", type=positive_int)
-    add("--vocab-size", "ids of bpe in each language", type=positive_int)
+    add("--vocab-size", "ids of bpe, or of a dry run, in each language", type=positive_int)
     add("--max-length", "most tokens of a text that is learned", type=positive_int)
-    add("--beam", "translations that are followed at once when scoring", type=positive_int)
+    help = "translations that are followed at once when scoring"
+    add("--beam", help, type=at_most(MAX_BEAM, positive_int))
     help = "0 favours short translations, 1 long ones"
-    add("--length-penalty", help, type=non_negative_float)
+    add("--length-penalty", help, type=at_most(MAX_LENGTH_PENALTY, non_negative_float))
 
 
 def _add_sizes(parser: Parser) -> None:
@@ -166,11 +171,25 @@ def _add_sizes(parser: Parser) -> None:
     add("--dropout", "probability of dropout", type=fraction)
 
 
-def recipe(args: argparse.Namespace, width: int) -> Recipe:
-    """The largest step size goes with the network's width and the warm-up."""
-    usual = CLDR_RECIPE if args.dataset_name == "cldr" else RECIPE
-    warmup = vars(args).get("warmup_steps", usual.warmup_steps)
-    return replace(usual, lr=width**-0.5 * warmup**-0.5)
+def recipe(dataset: str, width: int, warmup_steps: int | None = None) -> Recipe:
+    """How a network of a width is usually trained; its largest step size goes with a warm-up.
+
+    Args:
+        warmup_steps: the warm-up, if it is not the usual one.
+    """
+    epochs, batch_size, usual_warmup = (8, 1000, 400) if dataset == "cldr" else (20, 1500, 4000)
+    return Recipe(
+        optimizer="adam",
+        scheduler="noam",
+        lr=width**-0.5 * (warmup_steps or usual_warmup) ** -0.5,
+        epochs=epochs,
+        batch_size=batch_size,
+        warmup_steps=usual_warmup,
+        beta2=0.98,
+        adam_epsilon=1e-9,
+        label_smoothing=0.1,
+        seed=1234,
+    )
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -195,11 +214,8 @@ def main(arguments: Sequence[str]) -> int:
             **{field: sizes[flag] for flag, field in FIELDS.items()},
         )
 
-    try:
-        with torch.device("meta"):
-            build_for(1, 1)  # impossible sizes are found before texts are read
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    with torch.device("meta"):
+        run.built(lambda: build_for(1, 1))  # impossible sizes are found before texts are read
     texts = {name: getattr(args, name) for name in USUAL_TEXTS}
     where = {name: getattr(args, name) for name in ("dataset_name", "language_direction")}
     options = {name: getattr(args, name) for name in ("model", *OPTIONS)} | sizes
@@ -210,7 +226,7 @@ def main(arguments: Sequence[str]) -> int:
     words += [*run.changes(sizes, usual), *run.changes(texts, USUAL_TEXTS)]
     translation = TranslationRun(
         args,
-        recipe(args, sizes["hidden"]),
+        recipe(args.dataset_name, sizes["hidden"], vars(args).get("warmup_steps")),
         {**where, **texts, **options},
         function,
         "_".join(words),

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import data
@@ -13,17 +13,17 @@ import tokens
 import torch
 from sacrebleu.metrics import BLEU
 from torch import Tensor, nn
-from transformer import PAD, SPECIAL
+from transformer import MAX_LENGTH, PAD, SPECIAL
 
 from aal.training import run
-from aal.training.command_line import UserError
+from aal.training.command_line import UserError, write_output
 from aal.training.devices import Worker
 from aal.training.files import read_checkpoint
 from aal.training.loop import autocast, evaluate
 
 _SCORING_TOKENS = 4096  # per batch and process, so that a score does not depend on --batch-size
 _RANDOM_LENGTH = 24  # tokens of a text in a dry run
-_LINES = 64  # that --translate reads before it writes
+_LINES = 64  # that --translate reads from a file or a pipe before it writes
 
 
 class _Pairs(NamedTuple):
@@ -96,14 +96,19 @@ class TranslationRun(run.Run):
             self.train_part = self.validation_part = self._random_part()
         elif "model_path" in args:
             state = read_checkpoint(args.model_path)
-            self._use(*(tokens.from_state(state.get(name)) for name in ("source", "target")))
+            self.check_checkpoint(args.model_path, state)
+            self._use(*_tokenizers_of(args.model_path, state))
             if not args.translate:
-                self.test_part = data.load_test(settings, args.data_path, self.source, self.target)
+                learned = self.source, self.target, state.get("train_files")
+                self.test_part = data.load_test(settings, args.data_path, *learned)
         else:
             corpus = data.load(settings, args.data_path)
             self._use(corpus.source, corpus.target)
             self.train_part, self.validation_part = corpus.train, corpus.validation
             self.test_part, self.fingerprint = corpus.test, corpus.fingerprint
+            self.train_files = corpus.train_files
+        if "model_path" not in args:
+            data.check_fits(self.train_part, self.settings.batch_size, self.processes)
         self.make_model()
 
     def build(self) -> nn.Module:
@@ -148,6 +153,7 @@ class TranslationRun(run.Run):
             "source": self.source.state(),
             "target": self.target.state(),
             "fingerprint": self.fingerprint,
+            "train_files": self.train_files,
         }
 
     def check_extras(self, state: Mapping[str, Any]) -> None:
@@ -157,15 +163,23 @@ class TranslationRun(run.Run):
                 f"{self.args.data_path}"
             )
 
+    def check_checkpoint(self, path: Path, state: Mapping[str, Any]) -> None:
+        if not {"model", "function", "source", "target"} <= set(state):
+            raise UserError(f"{path} is no checkpoint of a Transformer of this project")
+        super().check_checkpoint(path, state)
+
+    def trial_text(self) -> str:
+        return f" with {self.data_settings.vocab_size} ids in each language"
+
     def execute(self, worker: Worker) -> None:
         """As ``Run.execute``, or translate stdin with ``--translate``."""
         if not self.args.translate:
             super().execute(worker)
             return
         self.model.to(worker.device).eval()
-        for line in self._translated(_lines_of(sys.stdin.buffer), worker):
-            sys.stdout.buffer.write(f"{line}\n".encode())
-            sys.stdout.buffer.flush()
+        count = 1 if sys.stdin.isatty() else _LINES  # a person waits for each answer
+        for lines in self._read(sys.stdin.buffer, count):
+            write_output("".join(f"{text}\n" for text in self._translated(lines, worker)).encode())
 
     def _use(self, source: tokens.Tokenizer, target: tokens.Tokenizer) -> None:
         self.source, self.target = source, target
@@ -177,12 +191,8 @@ class TranslationRun(run.Run):
         budget = self.settings.batch_size // self.processes
         length = max(1, min(_RANDOM_LENGTH, settings.max_length, budget - 1))
         count = 2 * self.processes * max(1, budget // (length + 1))
-        random, bounds = (
-            np.random.default_rng(self.settings.seed),
-            (len(SPECIAL), settings.vocab_size),
-        )
-        if settings.vocab_size <= len(SPECIAL):
-            raise UserError(f"--vocab-size {settings.vocab_size} leaves no ids for words")
+        random = np.random.default_rng(self.settings.seed)
+        bounds = (len(SPECIAL), settings.vocab_size)
         try:
             both = random.integers(*bounds, (2, count, length), np.int32)
             return data.Part(*map(_sequences, both))
@@ -216,26 +226,45 @@ class TranslationRun(run.Run):
         options = {"beam": beam, "length_penalty": self.args.length_penalty}
         for batch in self._batches(part, worker):
             source = batch.source.to(worker.device)
-            try:
-                with autocast(worker.device, self.settings.amp):
-                    found = decoding.translate(self.model, source, **options)
-            except ValueError as error:  # beyond the network's positions
-                raise UserError(str(error)) from error
+            with autocast(worker.device, self.settings.amp):
+                found = decoding.translate(self.model, source, **options)
             yield from zip(batch.indices.tolist(), map(self.target.decode, found), strict=True)
 
-    def _translated(self, lines: Iterable[str], worker: Worker) -> Iterator[str]:
+    def _read(self, file: Iterable[bytes], count: int) -> Iterator[list[list[int]]]:
+        """The ids of lines, ``count`` at a time, or fewer before an error or at the end."""
+        lines: list[list[int]] = []
+        for number, line in enumerate(file, 1):
+            try:
+                lines.append(self._ids(line, number))
+            except UserError:
+                yield lines
+                raise
+            if len(lines) == count:
+                yield lines
+                lines = []
+        yield lines
+
+    def _ids(self, line: bytes, number: int) -> list[int]:
+        try:
+            ids = self.source.encode(line.decode())
+        except UnicodeDecodeError as error:
+            raise UserError(f"line {number} of the input is not UTF-8 text") from error
+        if len(ids) > MAX_LENGTH:
+            raise UserError(
+                f"line {number} of the input has {len(ids)} tokens, but the network reads "
+                f"{MAX_LENGTH}; split it"
+            )
+        return ids
+
+    def _translated(self, lines: Sequence[Sequence[int]], worker: Worker) -> list[str]:
         """A translation of each line; none of a line without words."""
-        lines = iter(lines)
-        while chunk := list(islice(lines, _LINES)):
-            ids = {place: self.source.encode(line) for place, line in enumerate(chunk)}
-            ids = {place: found for place, found in ids.items() if found}
-            results = [""] * len(chunk)
-            if ids:
-                part = data.Part(_sequences(ids.values()), _sequences([[]] * len(ids)))
-                places = list(ids)
-                for index, text in self._translations(part, worker, self.args.beam):
-                    results[places[index]] = text
-            yield from results
+        results = [""] * len(lines)
+        if places := [place for place, ids in enumerate(lines) if ids]:
+            sources = _sequences(lines[place] for place in places)
+            part = data.Part(sources, _sequences([[]] * len(places)))
+            for index, text in self._translations(part, worker, self.args.beam):
+                results[places[index]] = text
+        return results
 
 
 def _sequences(texts: Iterable[Sequence[int]]) -> data.Sequences:
@@ -244,9 +273,9 @@ def _sequences(texts: Iterable[Sequence[int]]) -> data.Sequences:
     return data.Sequences(np.concatenate(texts), offsets)
 
 
-def _lines_of(file: Iterable[bytes]) -> Iterator[str]:
-    for number, line in enumerate(file, 1):
-        try:
-            yield line.decode().rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise UserError(f"line {number} of the input is not UTF-8 text") from error
+def _tokenizers_of(path: Path, state: Mapping[str, Any]) -> list[tokens.Tokenizer]:
+    """Those of the source and of the target in a checkpoint."""
+    try:
+        return [tokens.from_state(state[name]) for name in ("source", "target")]
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error

@@ -101,7 +101,9 @@ def train_transformer(call: Callable, texts: Path, tmp_path: Path) -> Callable:
     """Run Transformer/train.py with a small network on a few texts."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
-        words = ["--dataset-name", "parallel", "--data-path", texts, "--min-freq", 1]
+        words = ["--dataset-name", "parallel", "--data-path", texts]
+        if not {"--model-path", "--model_path"} & {*arguments}:
+            words += ["--min-freq", 1]
         words += ["--batch-size", 120, "--warmup-steps", 20, "--output", tmp_path / "runs"]
         words += ["--device", "cpu", *SMALL_TRANSFORMER.split()]
         return call("Transformer/train.py", *words, *arguments)

@@ -2,10 +2,11 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ from scripts.conftest import (
     spellings,
     weights_of,
 )
+
+from aal.training.loop import Trainer
 
 
 @pytest.fixture
@@ -201,7 +204,7 @@ def test_few_texts_are_learned_and_translated(
     lines = "Der Hund sieht Äpfel.\n\nDie Katze mag den Mond.\r\n \nunbekannte Wörter".encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
     best = run_folder(tmp_path) / "best.pth"
-    words = (*words, "--translate", "--data-path", "nowhere", "--min-freq", 9)
+    words = (*words, "--translate", "--data-path", "nowhere")
     status, out, err = train_transformer(*words, "--model-path", best)
     assert (status, err) == (0, "")
     translations = out.removesuffix("\n").split("\n")
@@ -213,13 +216,98 @@ def test_few_texts_are_learned_and_translated(
 def test_an_input_that_is_no_text_is_refused(
     train_transformer: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """The lines before it are translated, as many as there are."""
     train_transformer("--epochs", 1)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"apples\n\xff\xfe\n")))
+    words = ("--translate", "--model-path", run_folder(tmp_path) / "best.pth")
+    for line, message in (
+        (b"\xff\xfe", "line 68 of the input is not UTF-8 text"),
+        (b"apples " * 5001, "line 68 of the input has 5001 tokens, but the network reads 5000"),
+    ):
+        content = b"apples\n" * 67 + line + b"\napples\n"
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        status, out, err = train_transformer(*words)
+        assert out.count("\n") == 67
+        assert_refused((status, "", err), message)
+
+
+class Terminal:
+    """A person who waits for each answer before typing the next line; may leave by Ctrl-C."""
+
+    def __init__(self, capfd: pytest.CaptureFixture, leaves: bool = False):
+        self.capfd, self.leaves = capfd, leaves
+        self.answers: list[str] = []
+        self.buffer = self._typed()
+
+    def isatty(self) -> bool:
+        return True
+
+    def _typed(self) -> Iterator[bytes]:
+        for line in (b"apples\n", b"the moon\n"):
+            yield line
+            self.answers.append(self.capfd.readouterr().out)
+        if self.leaves:
+            raise KeyboardInterrupt
+
+
+def test_a_terminal_is_answered_at_once(
+    train_transformer: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+):
+    train_transformer("--epochs", 1)
+    terminal = Terminal(capfd)
+    monkeypatch.setattr(sys, "stdin", terminal)
     best = run_folder(tmp_path) / "best.pth"
-    assert_refused(train_transformer("--translate", "--model-path", best), "line 2 of the input")
-    long = b"apples " * 6000
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(long)))
-    assert_refused(train_transformer("--translate", "--model-path", best), "longer than 5000")
+    assert train_transformer("--translate", "--model-path", best) == (0, "", "")
+    assert [answer.count("\n") for answer in terminal.answers] == [1, 1]
+
+
+def test_only_a_run_with_a_checkpoint_can_be_resumed(
+    train_transformer: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop_after: Callable,
+    capfd: pytest.CaptureFixture,
+):
+    with stop_after(1):
+        status, _, err = train_transformer("--epochs", 2)
+    hint = "--resume continues after the last validation"
+    assert (status, err) == (130, f"train.py: interrupted; {hint}\n")
+    best = run_folder(tmp_path) / "best.pth"
+    monkeypatch.setattr(sys, "stdin", Terminal(capfd, leaves=True))
+    status, _, err = train_transformer("--translate", "--model-path", best)
+    assert (status, err) == (130, "train.py: interrupted\n")
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "train_epoch", interrupt)
+    for words in (("--dry-run",), ("--epochs", 3)):
+        status, _, err = train_transformer(*words)
+        assert (status, err) == (130, "train.py: interrupted\n")
+
+
+@pytest.mark.parametrize("stream", ["stdin", "stdout"])
+def test_translating_needs_both_streams(
+    train_transformer: Callable, monkeypatch: pytest.MonkeyPatch, stream: str
+):
+    monkeypatch.setattr(sys, stream, None)  # as Python does when it is closed
+    result = train_transformer("--translate", "--model-path", "x.pth")
+    assert_refused(result, "reads stdin and writes stdout")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
+def test_translations_that_cannot_be_written_end_in_one_line(
+    train_transformer: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    train_transformer("--epochs", 1)
+    best = run_folder(tmp_path) / "best.pth"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"apples\n")))
+    with monkeypatch.context() as patch, open("/dev/full", "w") as full:
+        patch.setattr(sys, "stdout", full)
+        result = train_transformer("--translate", "--model-path", best)
+    assert_refused(result, "cannot write the output: No space left on device")
 
 
 def test_a_checkpoint_of_another_function_is_refused(train_transformer: Callable, tmp_path: Path):
@@ -235,8 +323,50 @@ def test_a_checkpoint_of_another_function_is_refused(train_transformer: Callable
     same = ("--learning-rule", "asa1", "--lean", "approx", "--gcp", "--dropout", 0.5)
     status, out, err = train_transformer(*same, "--model", "base", "--model_path", best)
     assert (status, err) == (0, "") and out.startswith("test BLEU")
-    torch.save(weights_of(run_folder(tmp_path)), tmp_path / "bare.pth")
-    assert_refused(train_transformer("--model_path", tmp_path / "bare.pth"), "no tokeniser")
+    # It is found before the texts are read.
+    result = train_transformer("--model_path", best, "--data-path", "nowhere")
+    assert_refused(result, "--learning-rule asa1, not bp")
+
+
+RESNET = {"function": {"model": "resnet18"}, "model": {"conv1.weight": torch.zeros(1)}}
+OTHER_CHECKPOINTS = {
+    "another network": (lambda state: RESNET, "is no checkpoint of a Transformer"),
+    "bare weights": (lambda state: state["model"], "is no checkpoint of a Transformer"),
+    "no function": (lambda state: state | {"function": 3}, "is not a checkpoint"),
+    "no tokeniser": (lambda state: state | {"source": {}}, "x.pth: this is no tokeniser"),
+    "a list of weights": (lambda state: state | {"model": [1]}, "list instead of weights"),
+    "numbers": (lambda state: state | {"model": {"a": 1}}, "other things than named tensors"),
+}
+
+
+@pytest.mark.parametrize("what", OTHER_CHECKPOINTS)
+def test_a_checkpoint_of_another_kind_is_refused(
+    train_transformer: Callable, tmp_path: Path, what: str
+):
+    train_transformer("--epochs", 1)
+    state = torch.load(run_folder(tmp_path) / "best.pth", weights_only=True)
+    make, words = OTHER_CHECKPOINTS[what]
+    torch.save(make(state), tmp_path / "x.pth")
+    result = train_transformer("--model-path", tmp_path / "x.pth")
+    assert_refused(result, words)
+    assert str(tmp_path / "x.pth") in result[2]
+
+
+def test_learned_texts_are_not_scored(train_transformer: Callable, tmp_path: Path, texts: Path):
+    """A test part that is cut from the training texts changes with them."""
+    own = tmp_path / "own"
+    own.mkdir()
+    for language in ("de", "en"):
+        shutil.copy(texts / f"train.{language}", own)
+    status, out, err = train_transformer("--data-path", own, "--epochs", 1)
+    assert (status, err) == (0, "")
+    words = ("--data-path", own, "--model-path", run_folder(tmp_path) / "best.pth")
+    status, scored, err = train_transformer(*words)
+    assert (status, err) == (0, "") and scored.strip() in out
+    for language in ("de", "en"):
+        lines = (own / f"train.{language}").read_text().splitlines(keepends=True)
+        (own / f"train.{language}").write_text("".join(lines[:-1]))
+    assert_refused(train_transformer(*words), "no longer held out")
 
 
 BPE = ("--tokenizer", "bpe", "--vocab-size", 300, "--min-freq", 2)
@@ -251,6 +381,13 @@ def test_a_dry_run_needs_no_texts_and_writes_nothing(
     assert (status, err) == (0, "")
     assert out.startswith("dry run: 2 steps")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("kind", ["words", "bpe"])
+def test_a_dry_run_has_as_many_ids_as_it_is_told(train_transformer: Callable, kind: str):
+    words = ("--dry-run", "--tokenizer", kind, "--min-freq", 2)
+    status, out, err = train_transformer(*words, "--vocab-size", 300)
+    assert (status, err) == (0, "") and "2 steps with 300 ids in each language" in out
 
 
 def test_pairs_of_bytes_are_learned_too(train_transformer: Callable, tmp_path: Path):
@@ -282,7 +419,6 @@ def test_cldr_has_its_own_usual_settings(train_transformer: Callable):
 
 NOTES = {
     "frequency": (("--tokenizer", "bpe"), "--min-freq does nothing under --tokenizer bpe"),
-    "vocabulary": (("--vocab-size", "99"), "--vocab-size does nothing under --tokenizer words"),
     "scale of ASA's code": (("--asa-scale", "mean"), "--asa-scale does nothing under"),
     "approximate bp": (("--lean", "approx"), "keeps more than --lean exact"),
     "replayed ReLU": (("--learning-rule", "asa3", "--gcp"), "asa3 keeps no less than bp does"),
@@ -305,6 +441,22 @@ def test_a_flag_that_does_nothing_gets_a_note(
     notes = [line for line in err.splitlines() if words in line]
     assert status == 0 and out.startswith("dry run")
     assert len(notes) == 1 and notes[0].startswith("train.py: note: ")
+
+
+def test_words_are_as_many_as_there_are(train_transformer: Callable):
+    err = train_transformer("--vocab-size", 99, "--resume")[2]
+    assert err.startswith("train.py: note: --vocab-size does nothing under --tokenizer words\n")
+
+
+def test_a_checkpoint_has_its_own_tokenisers(train_transformer: Callable, tmp_path: Path):
+    train_transformer("--epochs", 1)
+    words = ("--tokenizer", "bpe", "--min-freq", 3, "--vocab-size", 300, "--max-length", 6000)
+    best = run_folder(tmp_path) / "best.pth"
+    status, out, err = train_transformer(*words, "--model-path", best)
+    assert status == 0 and out.startswith("test BLEU")
+    flags = ("tokenizer", "min-freq", "vocab-size", "max-length")
+    notes = [f"train.py: note: --{flag} does nothing with --model-path" for flag in flags]
+    assert err.splitlines() == notes
 
 
 @pytest.mark.parametrize(
@@ -330,6 +482,11 @@ BAD_COMMANDS = {
     "smoothing of 1": (("--label-smoothing", "1"), "--label-smoothing"),
     "dropout of 1": (("--dropout", "1"), "--dropout"),
     "beam of 0": (("--beam", "0"), "--beam"),
+    "penalty beyond sense": (("--length-penalty", "11"), "--length-penalty: must be at most 10"),
+    "beam beyond sense": (("--beam", "1001"), "--beam: must be at most 1000"),
+    "rate beyond single precision": (("--lr", "1e300"), "--lr"),
+    "warm-up beyond 63 bits": (("--warmup-steps", "9" * 400), "--warmup-steps"),
+    "width beyond memory": (("--hidden", "1000000000000", "--data-path", "nowhere"), "memory"),
     "negative penalty": (("--length-penalty", "-1"), "--length-penalty"),
     "texts beyond the positions": (("--max-length", "5000"), "--max-length 5000"),
     "heads that do not divide": (("--head", "3", "--data-path", "nowhere"), "3 heads"),
@@ -339,8 +496,14 @@ BAD_COMMANDS = {
     "missing checkpoint": (("--model-path", "nowhere.pth"), "nowhere.pth"),
     "nothing to resume": (("--resume",), "nothing to resume"),
     "missing data": (("--data-path", "nowhere"), "nowhere"),
+    "data that cannot be looked for": (("--data-path", "x" * 300), "cannot read xxx"),
+    "checkpoint that cannot be looked for": (("--model-path", "x" * 300), "cannot read xxx"),
     "missing files": (("--dataset-name", "IWSLT"), "IWSLT"),
     "batches below a pair": (("--batch-size", "3"), "--batch-size 3"),
+    "batches below a pair in each process": (
+        ("--batch-size", "9", "--device", "cpu", "cpu"),
+        "--batch-size 9 tokens, 4 in each process",
+    ),
     "translate with nothing": (("--translate",), "--model-path"),
     "translate with two": (
         ("--translate", "--model-path", "x.pth", "--device", "cpu", "cpu"),
@@ -348,7 +511,8 @@ BAD_COMMANDS = {
     ),
     "score and try": (("--model-path", "x.pth", "--dry-run"), "exclude each other"),
     "batches beyond memory": (("--dry-run", "--batch-size", "1000000000000"), "memory"),
-    "no ids": (("--dry-run", "--tokenizer", "bpe", "--vocab-size", "3"), "--vocab-size 3"),
+    "fewer ids than bytes": (("--tokenizer", "bpe", "--vocab-size", "259"), "bpe needs 260"),
+    "no ids for words": (("--dry-run", "--vocab-size", "4"), "words needs 5"),
 }
 
 

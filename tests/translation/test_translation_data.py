@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tokens
 from data import Corpus, Settings
-from transformer import SPECIAL, UNKNOWN
+from transformer import MAX_LENGTH, SPECIAL, UNKNOWN
 
 from aal.training.command_line import UserError
 
@@ -89,6 +89,28 @@ def test_long_pairs_are_dropped_from_training_alone(folder: Path, kind: str):
 def test_a_limit_below_every_text_is_refused(folder: Path):
     with pytest.raises(UserError, match="no training pair has at most --max-length 2 tokens"):
         data.load(replace(SETTINGS, max_length=2), folder)
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+@pytest.mark.parametrize("direction, room", [("G2E", 0), ("E2G", 1)])
+def test_a_text_that_the_networks_cannot_read_is_refused(
+    folder: Path, part: str, direction: str, room: int
+):
+    """A target stands behind START, which takes a position."""
+    settings = replace(SETTINGS, direction=direction)
+    corpus = data.load(settings, folder)
+    path = folder / f"{part}.de"
+    first, *lines = path.read_text().splitlines()
+    longest = MAX_LENGTH - room
+    path.write_text("\n".join(["ja " * longest, *lines]))
+    assert getattr(data.load(settings, folder), part).sizes.max() == MAX_LENGTH
+    path.write_text("\n".join(["ja " * (longest + 1), *lines]))
+    words = f"the {part} part of parallel has a text of 5001 tokens"
+    with pytest.raises(UserError, match=words):
+        data.load(settings, folder)
+    if part == "test":
+        with pytest.raises(UserError, match=words):
+            data.load_test(settings, folder, corpus.source, corpus.target, corpus.train_files)
 
 
 def test_more_texts_than_a_chunk_keep_their_order(folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -198,10 +220,19 @@ def test_a_folder_that_cannot_be_written_costs_only_time(folder: Path, place: st
     assert "the data are prepared anew each time" in capsys.readouterr().err
 
 
+def test_a_cache_that_cannot_be_read_costs_only_time(folder: Path, capsys):
+    first = data.load(SETTINGS, folder)
+    cache_of(folder).unlink()
+    (folder / "cache").rmdir()
+    (folder / "cache").symlink_to("x" * 300)  # fails for root too
+    assert_equal(data.load(SETTINGS, folder), first)
+    assert "cannot read" in capsys.readouterr().err
+
+
 def test_a_test_part_is_read_in_the_ids_of_given_tokenisers(folder: Path, tmp_path: Path):
     corpus = data.load(SETTINGS, folder)
     write_corpus(tmp_path / "other", count=5)
-    part = data.load_test(SETTINGS, tmp_path / "other", corpus.source, corpus.target)
+    part = data.load_test(SETTINGS, tmp_path / "other", corpus.source, corpus.target, None)
     assert np.array_equal(part.source.flat, corpus.test.source.flat)
     assert part.references == corpus.test.references
     assert not (tmp_path / "other" / "cache").exists()
@@ -213,8 +244,18 @@ def test_a_test_part_that_was_cut_is_cut_alike(tmp_path: Path):
         for language in ("de", "en"):
             (tmp_path / f"{stem}.{language}").unlink()
     corpus = data.load(SETTINGS, tmp_path)
-    part = data.load_test(SETTINGS, tmp_path, corpus.source, corpus.target)
+    learned = corpus.source, corpus.target, corpus.train_files
+    elsewhere = tmp_path.rename(tmp_path.with_name("elsewhere"))
+    part = data.load_test(SETTINGS, elsewhere, *learned)
     assert part.references == corpus.test.references and len(part) == 5
+    with (
+        (elsewhere / "train.de").open("a") as german,
+        (elsewhere / "train.en").open("a") as english,
+    ):
+        german.write("Noch ein Satz\n")
+        english.write("another sentence\n")
+    with pytest.raises(UserError, match="test part cut from them is no longer held out"):
+        data.load_test(SETTINGS, elsewhere, *learned)
 
 
 def test_phrases_of_cldr_need_no_files_and_hardly_a_word_is_unknown(tmp_path: Path):
