@@ -68,7 +68,6 @@ class Embedding(nn.Module):
     def __init__(self, vocabulary: int, sizes: Architecture, method: Method):
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, sizes.width)
-        self.register_buffer("positions", _sinusoids(MAX_LENGTH, sizes.width), persistent=False)
         self.drop = method.dropout(sizes.dropout)
 
     def forward(self, tokens: Tensor, first: int = 0) -> Tensor:
@@ -78,10 +77,12 @@ class Embedding(nn.Module):
             ValueError: a position of ``MAX_LENGTH`` or more.
         """
         end = first + tokens.shape[1]
-        if end > len(self.positions):
-            raise ValueError(f"a text of {end} tokens is longer than {len(self.positions)}")
-        x = self.tokens(tokens) * math.sqrt(self.tokens.embedding_dim)
-        return self.drop(x + self.positions[first:end].to(x.dtype))
+        if end > MAX_LENGTH:
+            raise ValueError(f"a text of {end} tokens is longer than {MAX_LENGTH}")
+        width = self.tokens.embedding_dim
+        x = self.tokens(tokens) * math.sqrt(width)
+        positions = torch.arange(first, end, device=tokens.device)
+        return self.drop(x + sinusoids(positions, width).to(x.dtype))
 
 
 class EncoderLayer(nn.Module):
@@ -312,12 +313,12 @@ def _mask(source: Tensor) -> Tensor:
     return (source != PAD)[:, None, None]
 
 
-def _sinusoids(length: int, width: int) -> Tensor:
-    """(length, width); section 3.5 of Vaswani et al."""
-    frequencies = 10000 ** (-torch.arange(0, width, 2, dtype=torch.double) / width)
-    angles = torch.arange(length)[:, None] * frequencies
-    both = torch.stack([angles.sin(), angles.cos()], dim=2)  # (length, ceil(width / 2), 2)
-    return both.flatten(1)[:, :width].float()
+def sinusoids(positions: Tensor, width: int) -> Tensor:
+    """(T,) -> (T, width) in float64; section 3.5 of Vaswani et al."""
+    columns = torch.arange(0, width, 2, dtype=torch.double, device=positions.device)
+    angles = positions[:, None] * 10000 ** (-columns / width)
+    both = torch.stack([angles.sin(), angles.cos()], dim=2)  # (T, ceil(width / 2), 2)
+    return both.flatten(1)[:, :width]
 
 
 def _initialise(model: Transformer) -> None:

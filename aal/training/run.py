@@ -177,8 +177,7 @@ class Run:
         optimizer = settings.optimizer_of(model.parameters())
         if worker.world_size > 1:
             index = [worker.device] if worker.device.type == "cuda" else None
-            # Buffers are shared before a validation, not at every step.
-            model = DistributedDataParallel(model, device_ids=index, broadcast_buffers=False)
+            model = DistributedDataParallel(model, device_ids=index)
         trainer = Trainer(
             self.task(),
             model,
