@@ -1,0 +1,1 @@
+"""Compressors of the tensors that autograd saves; the front door is ``aal.compress``."""
