@@ -14,6 +14,7 @@ from torch import Tensor
 
 PERIOD = 262_139  # the largest prime below 2 ** 18
 CHUNK = 2**16  # numbers that can be read in one piece
+_ALL_BITS = 2**64 - 1
 
 
 class Noise(NamedTuple):
@@ -50,7 +51,15 @@ def table(seed: int, device: torch.device) -> Tensor:
 
 def place_of(*key: int) -> int:
     """A place in the table that depends on all numbers of ``key``, none of them negative."""
-    place = 0
-    for number in key:  # steps of a linear congruential generator modulo a Mersenne prime
-        place = (place + number + 1) * 1_102_193_457_251_129 % (2**61 - 1)
-    return (place >> 17) % PERIOD
+    state = 0
+    for number in key:
+        state = _mixed(state + number + 0x9E3779B97F4A7C15)
+    return state % PERIOD
+
+
+def _mixed(state: int) -> int:
+    """The finaliser of SplitMix64 (Steele et al., OOPSLA 2014)."""
+    state &= _ALL_BITS
+    state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _ALL_BITS
+    state = (state ^ state >> 27) * 0x94D049BB133111EB & _ALL_BITS
+    return state ^ state >> 31
