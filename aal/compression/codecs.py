@@ -1,0 +1,184 @@
+"""Codecs: how the values of a saved tensor are kept, and the exact ones among them.
+
+A codec is immutable and hashable, so that equal codecs share payloads. ``encode`` returns all
+tensors that are kept and whatever plain values ``decode`` needs beside them.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from aal.compression.consumers import Interval
+from aal.ops.group_quantise import (
+    GROUP,
+    GroupCode,
+    dequantise_groups,
+    quantise_groups,
+    stored_bits,
+)
+from aal.ops.noise import Noise
+from aal.ops.pool_index import Window, pack_pool_index, unpack_pool_index
+from aal.ops.sign_pack import layout_in_rows, pack_sign, unpack_sign
+
+Encoded = tuple[tuple[Tensor, ...], Any]
+
+
+class Codec(Protocol):
+    """A way of keeping a tensor.
+
+    Attributes:
+        is_flat: it takes and gives elements in memory order, (n,), whatever the shape; else
+            tensors of the logical shape.
+        is_exact: the gradient is bit for bit what it would be without.
+        bits: per element, side numbers apart; None where that says nothing.
+    """
+
+    is_flat: ClassVar[bool]
+    is_exact: ClassVar[bool]
+    bits: float | None
+
+    def encode(self, x: Tensor, noise: Noise) -> Encoded:
+        """What is kept of ``x``, which is not written to."""
+
+    def decode(self, tensors: tuple[Tensor, ...], meta: Any) -> Tensor:
+        """What stands in for ``x``, in its dtype."""
+
+
+@dataclass(frozen=True)
+class Raw:
+    """The tensor itself, copied to where a store keeps it. Exact."""
+
+    is_flat = True
+    is_exact = True
+    bits: float | None = None
+
+    def encode(self, x: Tensor, noise: Noise) -> Encoded:
+        return (x,), None
+
+    def decode(self, tensors: tuple[Tensor, ...], meta: Any) -> Tensor:
+        return tensors[0]
+
+
+@dataclass(frozen=True)
+class Bits:
+    """A mask of booleans at one bit per element. Exact."""
+
+    is_flat = True
+    is_exact = True
+    bits: float | None = 1
+
+    def encode(self, x: Tensor, noise: Noise) -> Encoded:
+        return (pack_sign(x.view(torch.uint8)),), x.numel()
+
+    def decode(self, tensors: tuple[Tensor, ...], meta: Any) -> Tensor:
+        return unpack_sign(*tensors, layout_in_rows((meta,)), torch.bool, low=0)
+
+
+@dataclass(frozen=True)
+class TwoValues:
+    """Zeros and one other value, as dropout's mask on CPU, at one bit per element. Exact."""
+
+    is_flat = True
+    is_exact = True
+    bits: float | None = 1
+
+    def encode(self, x: Tensor, noise: Noise) -> Encoded:
+        return (pack_sign(x), x.max()), (x.numel(), x.dtype)
+
+    def decode(self, tensors: tuple[Tensor, ...], meta: Any) -> Tensor:
+        packed, value = tensors
+        numel, dtype = meta
+        return unpack_sign(packed, layout_in_rows((numel,)), dtype, low=0).mul_(value)
+
+
+@dataclass(frozen=True)
+class Side:
+    """On which side of thresholds an element lies, at one bit. Exact for the nodes that ask it.
+
+    A NaN counts as outside, where ReLU of PyTorch lets the gradient through.
+    """
+
+    interval: Interval
+    is_flat = True
+    is_exact = True
+    bits: float | None = 1
+
+    def encode(self, x: Tensor, noise: Noise) -> Encoded:
+        low, high = self.interval.low, self.interval.high
+        inside = x if low == 0 else x - low
+        packed = pack_sign(inside)
+        if high != float("inf"):
+            packed &= pack_sign(high - x)
+        return (packed,), (x.numel(), x.dtype)
+
+    def decode(self, tensors: tuple[Tensor, ...], meta: Any) -> Tensor:
+        numel, dtype = meta
+        inside = unpack_sign(*tensors, layout_in_rows((numel,)), dtype, low=0)
+        outside, step = self.interval.outside, self.interval.inside - self.interval.outside
+        return inside if (outside, step) == (0, 1) else inside.mul_(step).add_(outside)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Nothing but the shape, for nodes that read no element. Exact."""
+
+    is_flat = False
+    is_exact = True
+    bits: float | None = 0
+
+    def encode(self, x: Tensor, noise: Noise) -> Encoded:
+        return (), (x.size(), x.stride(), x.dtype, x.device)
+
+    def decode(self, tensors: tuple[Tensor, ...], meta: Any) -> Tensor:
+        size, stride, dtype, device = meta
+        return torch.empty_strided(size, stride, dtype=dtype, device=device)
+
+
+@dataclass(frozen=True)
+class PoolIndex:
+    """The winner of every window of a max pool at four bits. Exact.
+
+    Args:
+        window: geometry of the pool.
+        image: height and width of its input.
+    """
+
+    window: Window
+    image: tuple[int, int]
+    is_flat = False
+    is_exact = True
+    bits: float | None = 4
+
+    def encode(self, x: Tensor, noise: Noise) -> Encoded:
+        return (pack_pool_index(x, self.window, self.image),), x.size()
+
+    def decode(self, tensors: tuple[Tensor, ...], meta: Any) -> Tensor:
+        return unpack_pool_index(*tensors, meta, self.window, self.image)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Block ranges with stochastic rounding (``aal.ops.group_quantise``): without bias.
+
+    Args:
+        bits: 1, 2, 4 or 8.
+        group: elements that share a range.
+    """
+
+    bits: int  # type: ignore[assignment]
+    group: int = GROUP
+    is_flat = True
+    is_exact = False
+
+    def encode(self, x: Tensor, noise: Noise) -> Encoded:
+        return tuple(quantise_groups(x, self.bits, noise, self.group)), (x.numel(), x.dtype)
+
+    def decode(self, tensors: tuple[Tensor, ...], meta: Any) -> Tensor:
+        return dequantise_groups(GroupCode(*tensors), self.bits, *meta, self.group)
+
+    @property
+    def stored_bits(self) -> float:
+        """Per element, side numbers included."""
+        return stored_bits(self.bits, self.group)

@@ -1,0 +1,147 @@
+"""What a method of compression decides: how each saved tensor is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from aal.compression.codecs import Bits, Codec, PoolIndex, Shape, Side, TwoValues
+from aal.compression.consumers import Consumer, Need, interval_of
+from aal.compression.handle import Handle
+from aal.ops.pool_index import MAX_WINDOW, Window
+
+if TYPE_CHECKING:
+    from aal.compression.session import Session
+
+
+@dataclass(frozen=True)
+class Use:
+    """One saved tensor and the node that saved it.
+
+    Args:
+        tensor: detached.
+        handle: of the tensor.
+        node: the node, or None for the input of a checkpoint, whose nodes come later.
+        consumer: what the node needs of it.
+    """
+
+    tensor: Tensor
+    handle: Handle
+    node: Any
+    consumer: Consumer
+
+
+@dataclass(frozen=True)
+class Keep:
+    """A tensor is kept as it is, for a reason."""
+
+    reason: str
+
+
+class Method:
+    """Decides how tensors are kept. One object serves one session.
+
+    The base class keeps what can be kept exactly in fewer bytes: masks at one bit per element, of
+    the inputs of pools the shape, indices of max pools at four bits. Subclasses say what becomes
+    of ``values``.
+
+    Attributes:
+        name: as users choose it.
+        recipes: compute outputs of norms and activation functions again; see ``recipes``.
+        smallest: tensors of fewer elements are kept as they are.
+        masks: keep one bit per element of what a ReLU saved.
+        shares: elements that several nodes saved have one payload.
+        needs_closure: ``Session.step`` has to be given one.
+    """
+
+    name: ClassVar[str]
+    needs_closure: ClassVar[bool] = False
+    recipes: bool = False
+    smallest: int = 4096
+    masks: bool = True
+    shares: bool = True
+
+    def choose(self, use: Use) -> Codec | Keep:
+        """How a tensor is kept; recipes have been tried before."""
+        need = use.consumer.need
+        if need is Need.SHAPE:
+            return Shape()
+        if need is Need.POOL_INDEX:
+            return self.pool_index(use)
+        if need is Need.BIT:
+            return self.mask(use)
+        if need is Need.EXACT:
+            return Keep(use.consumer.kind)
+        if is_two_valued(use):
+            return TwoValues()
+        return self.values(use)
+
+    def values(self, use: Use) -> Codec | Keep:
+        """How a tensor is kept whose values are needed approximately."""
+        raise NotImplementedError
+
+    def mask(self, use: Use) -> Codec | Keep:
+        """How a tensor is kept of which one bit per element is needed."""
+        return Side(interval_of(use.node, use.consumer.node)) if self.masks else self.values(use)
+
+    def pool_index(self, use: Use) -> Codec | Keep:
+        """How the indices of a max pool are kept."""
+        node = use.node
+        kernel = _pair(node._saved_kernel_size)
+        window = Window(
+            kernel,
+            _pair(node._saved_stride or kernel),  # none given means the kernel's
+            _pair(node._saved_padding),
+            _pair(node._saved_dilation),
+            node._saved_ceil_mode,
+        )
+        pooled = node._raw_saved_self.data
+        if kernel[0] * kernel[1] > MAX_WINDOW or not isinstance(pooled, Handle):
+            return Keep(f"a window of more than {MAX_WINDOW} elements")
+        if use.tensor.dim() < 3:
+            return Keep("too few dimensions")
+        return PoolIndex(window, tuple(pooled.size[-2:]))
+
+    def booleans(self) -> Codec | Keep:
+        """How masks of booleans are kept."""
+        return Bits()
+
+    def begin_forward(self, session: Session) -> None:
+        """A forward pass begins."""
+
+    def step(self, session: Session, closure: Callable[[], Any] | None) -> None:
+        """A training step is over."""
+
+
+class Exact(Method):
+    """Only what is exact: recipes, shapes, packed indices and masks. Gradients are bit-identical.
+
+    What a ReLU saved is kept as it is where no recipe makes it: the next layer keeps the same
+    tensor anyway, and a mask would be extra.
+    """
+
+    name = "exact"
+    recipes = True
+    masks = False
+
+    def values(self, use: Use) -> Codec | Keep:
+        return Keep("its values are needed")
+
+
+def is_two_valued(use: Use) -> bool:
+    """Is it a mask of floating-point numbers, as dropout makes one on CPU?
+
+    Elsewhere the question would wait for the device, and dropout keeps booleans.
+    """
+    x = use.tensor
+    if use.consumer.kind != "product" or use.handle.requires_grad or x.device.type != "cpu":
+        return False
+    return bool(((x == 0) | (x == x.max())).all())
+
+
+def _pair(values: Any) -> tuple[int, int]:
+    values = tuple(values)
+    return (values[0], values[-1])

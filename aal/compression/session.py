@@ -1,0 +1,418 @@
+"""A session: the saved-tensor hooks of one method on one model."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
+
+from aal.compression.codecs import Codec
+from aal.compression.consumers import Consumer, Need, consumer_of
+from aal.compression.handle import Handle
+from aal.compression.method import Keep, Method, Use
+from aal.compression.recipes import Modules, Replay, parameter_place, recipe_of
+from aal.compression.report import Report, Row
+from aal.compression.site import Site, Sites, storages_of
+from aal.compression.storage import (
+    OnDevice,
+    OuterHooks,
+    Payload,
+    PayloadTable,
+    Store,
+    dense,
+    is_dense,
+    overlaps_itself,
+    place_of_elements,
+)
+from aal.indicator import learning_indicator
+from aal.ops.noise import Noise, place_of
+
+_CASTS_AND_VIEWS = (
+    "ToCopyBackward0",
+    "TBackward0",
+    "TransposeBackward0",
+    "PermuteBackward0",
+    "ViewBackward0",
+    "UnsafeViewBackward0",
+    "ReshapeAliasBackward0",
+    "SplitBackward0",
+    "SplitWithSizesBackward0",
+    "UnbindBackward0",
+    "SelectBackward0",
+    "SliceBackward0",
+    "UnsqueezeBackward0",
+    "SqueezeBackward1",
+    "AliasBackward0",
+    "CloneBackward0",
+)
+_PARAMETER = "parameter"
+_CHECKPOINT = "torch/utils/checkpoint.py"
+
+
+class Session:
+    """Compresses what autograd saves while it is entered; ``aal.compress`` makes one.
+
+    Enter it around every forward pass (backward may be inside or outside), and call ``step`` after
+    every training step. The tensors that a forward pass saves are kept until the node that saved
+    them is known, which takes one or two operations more; then the method decides. No module is
+    replaced; parameters, buffers and the user's random state are left alone.
+
+    Args:
+        method: decides how tensors are kept.
+        model: names sites in the report, and tells parameters and the model's own arguments, which
+            the caller holds anyway, from other tensors. None if there is no one module.
+        store: where payloads lie between forward and backward; on their device if not given.
+        seed: of stochastic rounding; in several processes the rank is added.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        model: nn.Module | None = None,
+        *,
+        store: Store | None = None,
+        seed: int = 0,
+    ):
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            seed += torch.distributed.get_rank()
+        self.method, self.model, self.seed = method, model, seed
+        self.sites = Sites(model, self._begin_forward, self._end_forward)
+        self.forwards = 0  # forward passes so far, or times entered without a model
+        self._own_store = store
+        self._outer: OuterHooks | None = None
+        self._table = PayloadTable()
+        self._entered: list[Any] = []
+        self._pending: dict[int, weakref.ref[Handle]] = {}
+        self._visited: set[int] = set()
+        self._tips: dict[int, Any] = {}  # nodes whose own tensors may not all be saved yet
+        self._parameters: set[int] = set()
+        self._inputs: dict[int, StorageWeakRef] = {}
+        self._norms: Modules = {}
+        self._rows: dict[Site, Row] = {}
+        self._counted: dict[tuple, StorageWeakRef] = {}
+        self._indicator: Callable[[str, Tensor], None] | None = None
+
+    # --------------------------------------------------------------------------------------------
+    # The user's side
+
+    def __enter__(self) -> Session:
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "a compressor cannot be entered inside a compiled function; compile the model, or "
+                "blocks of it, and enter the compressor around the call"
+            )
+        outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        pack = outer[0] if outer is not None else None
+        owner = getattr(pack, "__self__", None)
+        if isinstance(owner, Session) and owner is not self:
+            raise RuntimeError(
+                f"compressors do not nest: {owner.method.name!r} is active already; the option "
+                "recipes=True has a lossy method replay what it can"
+            )
+        if self._entered and owner is not self:
+            raise RuntimeError("a compressor that is entered again must still be the innermost")
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, Handle.restore)
+        hooks.__enter__()
+        self._entered.append(hooks)
+        if len(self._entered) == 1:
+            # A checkpoint around us computes everything again: what it would do with payloads.
+            is_foreign = pack is not None and pack.__module__ != "torch.utils.checkpoint"
+            self._outer = OuterHooks(*outer) if is_foreign else None
+            self._learn_model()
+            self.sites.restart()
+            self.sites.attach()
+            if self.model is None:
+                self._begin_forward((), {})
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.pop().__exit__(*error)
+        if self._entered:
+            return
+        self.sites.detach()
+        try:
+            if error[0] is None:
+                self._settle_all()
+        finally:
+            for handle in self._still_pending():
+                self._keep(handle, handle.tensor, None, "the node that saved it was not seen")
+            self._pending.clear()
+            self._visited.clear()
+            self._tips.clear()
+            self._inputs.clear()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        """A training step is over.
+
+        Args:
+            closure: does a forward and a backward pass, and nothing else: no step of the
+                optimiser. Methods that probe the gradient ("gact" with adaptive bits) call it from
+                time to time.
+
+        Raises:
+            ValueError: the method needs a closure and there is none.
+        """
+        if closure is None and self.method.needs_closure:
+            raise ValueError(
+                f"{self.method.name} finds its bits by trying: call step(closure) with a function "
+                "that does a forward and a backward pass"
+            )
+        self.method.step(self, closure)
+
+    def report(self) -> Report:
+        """What became of each tensor that the last forward pass saved, and why."""
+        return Report(list(self._rows.values()))
+
+    @contextlib.contextmanager
+    def sampling(self, record: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Compute Learning Indicators of what is encoded inside the ``with`` block.
+
+        Args:
+            record: is given the name of a site and the indicators of its tensor's samples.
+        """
+        self._indicator = record
+        try:
+            yield
+        finally:
+            self._indicator = None
+
+    # --------------------------------------------------------------------------------------------
+    # Hooks
+
+    def _pack(self, tensor: Tensor) -> Handle:
+        handle = Handle(tensor, self.sites.next())
+        reason = self._reason_to_keep(tensor)
+        if reason == _PARAMETER:
+            handle.keep()
+        elif reason is not None:
+            self._keep(handle, tensor, None, reason)
+        elif tensor.dtype == torch.bool:
+            self._apply(handle, self.method.booleans(), Consumer("", Need.EXACT, "mask"))
+        elif _is_saved_by_checkpoint():
+            consumer = Consumer("checkpoint", Need.VALUES, "boundary")
+            self._decide(Use(handle.tensor, handle, None, consumer))
+        else:
+            handle.pending, handle.grad_fn = True, tensor.grad_fn
+            self._pending[id(handle)] = weakref.ref(handle)
+        if tensor.grad_fn is not None:
+            self._see(tensor.grad_fn, complete=False)
+        return handle
+
+    def _reason_to_keep(self, tensor: Tensor) -> str | None:
+        if type(tensor) is not Tensor and not isinstance(tensor, nn.Parameter):
+            return f"a {type(tensor).__name__}"
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
+            return "not a dense tensor of real numbers"
+        identity = tensor.untyped_storage()._cdata
+        if identity in self._parameters or _is_parameter(tensor):
+            return _PARAMETER
+        if identity in self._inputs:
+            return "argument of the model"
+        if tensor.numel() < self.method.smallest:
+            return "small"
+        if tensor.device.type == "meta":
+            return None
+        if overlaps_itself(tensor):
+            return "expanded"
+        return None
+
+    # --------------------------------------------------------------------------------------------
+    # Nodes
+
+    def _see(self, tip: Any, complete: bool) -> None:
+        """Settle what the ancestors of a node saved, and the node itself if it is complete."""
+        new, stack = {}, [tip]
+        while stack:
+            node = stack.pop()
+            if node is None:
+                continue
+            number = node._sequence_nr()
+            if number in self._visited or number in new:
+                continue
+            new[number] = node
+            stack += [parent for parent, _ in node.next_functions]
+        if not complete:
+            number = tip._sequence_nr()
+            if number in new:
+                self._tips[number] = new.pop(number)
+        self._visited.update(new)
+        for number in sorted(new):  # what a node was computed from comes first
+            self._tips.pop(number, None)
+            self._settle_node(new[number])
+
+    def _settle_node(self, node: Any) -> None:
+        for attribute in _saved_attributes(type(node)):
+            saved = getattr(node, f"_raw_saved_{attribute}", None)
+            for one in saved if isinstance(saved, tuple) else (saved,):
+                handle = getattr(one, "data", None)
+                if isinstance(handle, Handle) and handle.pending:
+                    self._settle(handle, node, attribute)
+
+    def _settle(self, handle: Handle, node: Any, attribute: str) -> None:
+        self._pending.pop(id(handle), None)
+        if not handle.is_unchanged:  # as without hooks, backward will complain
+            handle.keep()
+            return
+        tensor = handle.tensor
+        consumer = consumer_of(node, node.name(), attribute, tensor, handle.requires_grad)
+        self._decide(Use(tensor, handle, node, consumer))
+
+    def _settle_all(self) -> None:
+        for node in list(self._tips.values()):
+            self._see(node, complete=True)
+
+    def _still_pending(self) -> Iterator[Handle]:
+        for reference in list(self._pending.values()):
+            handle = reference()
+            if handle is not None and handle.pending:
+                yield handle
+
+    # --------------------------------------------------------------------------------------------
+    # Decisions
+
+    def _decide(self, use: Use) -> None:
+        need, handle = use.consumer.need, use.handle
+        replayable = need is Need.VALUES or (need is Need.BIT and not self.method.masks)
+        if self.method.recipes and replayable and handle.grad_fn is not None:
+            recipe = recipe_of(handle.grad_fn, handle, self._norms)
+            if recipe is not None:
+                self._replace(handle, use.tensor, use.consumer, Replay(recipe), handle.stride)
+                return
+        self._apply(handle, self.method.choose(use), use.consumer)
+
+    def _apply(self, handle: Handle, choice: Codec | Keep, consumer: Consumer) -> None:
+        tensor = handle.tensor
+        if isinstance(choice, Keep):
+            self._keep(handle, tensor, consumer, choice.reason)
+            return
+        key = (*place_of_elements(tensor), tensor.dtype, choice)
+        x, stride = tensor, tensor.stride()
+        if not choice.is_flat or not is_dense(tensor):
+            key += (tensor.size(), stride)
+        if choice.is_flat:
+            x, _, stride = dense(tensor)
+        payload = self._table.find(key) if self.method.shares else None
+        if payload is None:
+            salt = handle.site.state.get("salt", 0)
+            place = place_of(self.seed, self.forwards, handle.site.identity, salt)
+            kept, meta = choice.encode(x, Noise(self.seed, place))
+            payload = Payload(choice, kept, meta, self._own_store or self._outer or OnDevice())
+            self._table.add(key, payload, tensor)
+            self._replace(handle, tensor, consumer, payload, stride)
+        else:
+            self._replace(handle, tensor, consumer, payload, stride, is_shared=True)
+
+    def _keep(
+        self, handle: Handle, tensor: Tensor, consumer: Consumer | None, reason: str
+    ) -> None:
+        handle.keep(self._outer)
+        place = place_of_elements(tensor)[:1]
+        is_new = self._is_new(place, tensor)
+        raw = tensor.nbytes if is_new else 0
+        self._note(handle.site, consumer, "kept", None, raw, raw, reason)
+
+    def _replace(
+        self,
+        handle: Handle,
+        tensor: Tensor,
+        consumer: Consumer,
+        payload: Payload | Replay,
+        stride: tuple[int, ...],
+        is_shared: bool = False,
+    ) -> None:
+        handle.replace(payload, stride)
+        is_new = self._is_new(place_of_elements(tensor)[:1], tensor)
+        raw, stored = tensor.nbytes if is_new else 0, 0 if is_shared else payload.num_bytes
+        reason = "shares a payload" if is_shared else ""
+        codec = payload.codec
+        self._note(handle.site, consumer, str(codec), codec.bits, raw, stored, reason)
+        if self._indicator is not None and not codec.is_exact:
+            indicator = learning_indicator(tensor, handle.restore())
+            self._indicator(str(handle.site), indicator)
+
+    def _is_new(self, place: tuple, tensor: Tensor) -> bool:
+        """Is it the first time in this forward pass that these elements are saved?"""
+        if place in self._counted:
+            return False
+        # The reference keeps the identity of the storage from being used again.
+        self._counted[place] = StorageWeakRef(tensor.untyped_storage())
+        return True
+
+    def _note(
+        self,
+        site: Site,
+        consumer: Consumer | None,
+        codec: str,
+        bits: float | None,
+        raw_bytes: int,
+        stored_bytes: int,
+        reason: str,
+    ) -> None:
+        node = consumer.node if consumer is not None else ""
+        kind = consumer.kind if consumer is not None and not reason else reason
+        self._rows[site] = Row(str(site), node, codec, bits, raw_bytes, stored_bytes, kind)
+
+    # --------------------------------------------------------------------------------------------
+    # The model
+
+    def _learn_model(self) -> None:
+        model = self.model
+        if model is None:
+            self._parameters, self._norms = set(), {}
+            return
+        self._parameters = storages_of((*model.parameters(), *model.buffers()))
+        kinds = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
+        self._norms = {
+            parameter_place(module.weight): module
+            for module in model.modules()
+            if isinstance(module, kinds) and module.weight is not None
+        }
+
+    def _begin_forward(self, args: tuple, kwargs: dict) -> None:
+        if not torch.is_grad_enabled():
+            return
+        self.forwards += 1
+        self._rows.clear()
+        self._counted.clear()
+        self._inputs = {}
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+                storage = leaf.untyped_storage()
+                self._inputs[storage._cdata] = StorageWeakRef(storage)
+        self.method.begin_forward(self)
+
+    def _end_forward(self, outputs: Any) -> None:
+        for leaf in tree_leaves(outputs):
+            if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+                self._see(leaf.grad_fn, complete=True)
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    """Is it a parameter, or a view or cast of one, as autocast makes them?"""
+    if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
+        return True
+    node = tensor.grad_fn
+    while node is not None and node.name() in _CASTS_AND_VIEWS:
+        node = node.next_functions[0][0]
+    return isinstance(getattr(node, "variable", None), nn.Parameter)
+
+
+def _is_saved_by_checkpoint() -> bool:
+    """Is the innermost Python code behind the hook that of a checkpoint?"""
+    return any(sys._getframe(depth).f_code.co_filename.endswith(_CHECKPOINT) for depth in (2, 3))
+
+
+@functools.cache
+def _saved_attributes(kind: type) -> tuple[str, ...]:
+    """Names of the tensors that nodes of a kind save."""
+    prefix = "_raw_saved_"
+    return tuple(name.removeprefix(prefix) for name in dir(kind) if name.startswith(prefix))

@@ -1,0 +1,141 @@
+"""Where in a model a tensor is saved: the same place in every step."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(eq=False)
+class Site:
+    """The k-th tensor that is saved in a certain call of a module, and what is known of it.
+
+    Args:
+        module: name of the innermost module that was running; empty outside of the model.
+        call: number of the call within the forward pass.
+        number: of the tensor among those saved in the call.
+        state: what a method remembers of the site from step to step.
+    """
+
+    module: str
+    call: int
+    number: int
+    state: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.identity = zlib.crc32(str(self).encode())
+
+    def __str__(self) -> str:
+        call = f"@{self.call}" if self.call else ""
+        return f"{self.module or '(top)'}{call}[{self.number}]"
+
+
+class _Call:
+    """One call of a module that is running."""
+
+    def __init__(self, module: str, number: int):
+        self.module, self.number, self.saved = module, number, 0
+
+
+class Sites:
+    """Tells which module of a model is running, and names the tensors that are saved meanwhile.
+
+    Args:
+        model: its modules are watched between ``attach`` and ``detach``; None for no model.
+        begin, end: called when the model itself is about to run, with its arguments, and when it
+            has run, with its outputs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        begin: Callable[[tuple, dict], None],
+        end: Callable[[Any], None],
+    ):
+        self.model, self._begin, self._end = model, begin, end
+        self._known: dict[tuple[str, int, int], Site] = {}
+        self._handles: list[Any] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Count calls and tensors from 0."""
+        self._calls: dict[str, int] = {}
+        self._running = [_Call("", 0)]
+
+    def next(self) -> Site:
+        """The site of a tensor that is being saved."""
+        call = self._running[-1]
+        key = (call.module, call.number, call.saved)
+        call.saved += 1
+        if key not in self._known:
+            self._known[key] = Site(*key)
+        return self._known[key]
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self._known.values())
+
+    def attach(self) -> None:
+        """Begin to watch the model's modules."""
+        if self.model is None:
+            return
+        for name, module in _uncompiled_modules(self.model):
+            self._handles += [
+                module.register_forward_pre_hook(self._entering(name)),
+                module.register_forward_hook(self._leave, always_call=True),
+            ]
+        # The model's own arguments and outputs: first of all, and last of all.
+        begin = self.model.register_forward_pre_hook(
+            self._begin_model, prepend=True, with_kwargs=True
+        )
+        self._handles += [begin, self.model.register_forward_hook(self._end_model)]
+
+    def detach(self) -> None:
+        """Stop watching."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _entering(self, name: str) -> Callable[..., None]:
+        def enter(*_: Any) -> None:
+            number = self._calls.get(name, 0)
+            self._calls[name] = number + 1
+            self._running.append(_Call(name, number))
+
+        return enter
+
+    def _leave(self, *_: Any) -> None:
+        if len(self._running) > 1:
+            self._running.pop()
+
+    def _begin_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if len(self._running) == 1:  # not within itself
+            self.restart()
+            self._begin(args, kwargs)
+
+    def _end_model(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._end(output)
+
+
+def _uncompiled_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by name, without those that a compiler fuses: a hook would break its graph."""
+    fused: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
+            fused.update(module.modules())
+        if module not in fused:
+            yield name, module
+
+
+def storages_of(tensors: Iterator[Tensor]) -> set[int]:
+    """Identities of the storages of tensors that have one."""
+    identities = set()
+    for tensor in tensors:
+        try:
+            identities.add(tensor.untyped_storage()._cdata)
+        except (NotImplementedError, RuntimeError):  # sparse tensors and wrappers have none
+            continue
+    return identities

@@ -1,0 +1,119 @@
+"""Memory of saved tensors: which elements of a storage they are, and where payloads are kept."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+
+class Store(Protocol):
+    """Where the tensors of payloads lie between forward and backward."""
+
+    def put(self, tensor: Tensor) -> Any:
+        """Take a tensor and return what ``get`` finds it by."""
+
+    def get(self, item: Any) -> Tensor:
+        """The tensor, on its device."""
+
+
+class OnDevice:
+    """Tensors stay where they are."""
+
+    def put(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def get(self, item: Tensor) -> Tensor:
+        return item
+
+
+class OuterHooks:
+    """Tensors are handed to the saved-tensor hooks that were active before ours.
+
+    PyTorch calls the innermost pair of hooks alone; so ``save_on_cpu`` around a compressor, say,
+    still sees what the compressor keeps.
+    """
+
+    def __init__(self, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]):
+        self.put, self.get = pack, unpack
+
+
+class Dense(NamedTuple):
+    """A tensor as the elements of a piece of memory without gaps.
+
+    Args:
+        flat: (n,) in memory order.
+        size, stride: of the tensor.
+    """
+
+    flat: Tensor
+    size: torch.Size
+    stride: tuple[int, ...]
+
+
+def dense(tensor: Tensor) -> Dense:
+    """A detached tensor in memory order; copied if it has gaps.
+
+    A view of a permuted dense block, channels-last or transposed, is not copied.
+    """
+    if not is_dense(tensor):
+        tensor = torch.empty_like(tensor, memory_format=torch.preserve_format).copy_(tensor)
+    flat = tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+    return Dense(flat, tensor.size(), tensor.stride())
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Do the elements fill a piece of memory, each place once?"""
+    expected = 1
+    for stride, size in sorted(
+        (pair for pair in zip(tensor.stride(), tensor.size(), strict=True) if pair[1] > 1)
+    ):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Do several elements share a place, as in an expanded tensor?"""
+    pairs = zip(tensor.stride(), tensor.size(), strict=True)
+    return any(stride == 0 and size > 1 for stride, size in pairs)
+
+
+class Payload:
+    """What stands in for a tensor: immutable, shared by all nodes that saved the same elements."""
+
+    __slots__ = ("__weakref__", "codec", "meta", "items", "store", "num_bytes", "anchor")
+
+    def __init__(self, codec: Any, tensors: tuple[Tensor, ...], meta: Any, store: Store):
+        self.codec, self.meta, self.store = codec, meta, store
+        self.num_bytes = sum(tensor.nbytes for tensor in tensors)
+        self.items = [store.put(tensor) for tensor in tensors]
+        self.anchor: StorageWeakRef | None = None
+
+    def decode(self) -> Tensor:
+        """The tensor, or what is left of it; may be called any number of times."""
+        return self.codec.decode(tuple(self.store.get(item) for item in self.items), self.meta)
+
+
+class PayloadTable:
+    """Finds the payload of elements that were encoded before, as long as somebody holds it."""
+
+    def __init__(self) -> None:
+        self._payloads: weakref.WeakValueDictionary[tuple, Payload] = weakref.WeakValueDictionary()
+
+    def find(self, key: tuple) -> Payload | None:
+        return self._payloads.get(key)
+
+    def add(self, key: tuple, payload: Payload, original: Tensor) -> None:
+        # A weak reference to the storage keeps its identity from being used again.
+        payload.anchor = StorageWeakRef(original.untyped_storage())
+        self._payloads[key] = payload
+
+
+def place_of_elements(tensor: Tensor) -> tuple[int, int, int, int]:
+    """Storage, version, offset and number of elements of a tensor."""
+    identity = tensor.untyped_storage()._cdata
+    return identity, tensor._version, tensor.storage_offset(), tensor.numel()
