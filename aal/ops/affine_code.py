@@ -67,9 +67,16 @@ def stochastic_codes(
 
 
 def decode_affine(codes: Tensor, low: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
-    """The numbers of ``codes``, clamped to the finite ones of ``dtype``."""
+    """The numbers of ``codes``, as ``to_finite`` converts them."""
+    return to_finite(codes.float().mul_(step).add_(low), dtype)
+
+
+def to_finite(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x``, a float32 tensor that is overwritten, clamped to the finite numbers of ``dtype``.
+
+    Ends that were rounded outward may lie beyond the largest number of half precision.
+    """
     finite = torch.finfo(dtype)
-    x = codes.float().mul_(step).add_(low)
     return x.clamp_(finite.min, finite.max).to(dtype)
 
 
