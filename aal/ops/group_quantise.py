@@ -1,0 +1,317 @@
+"""Numbers in 1, 2, 4 or 8 bits with a range for every group of neighbours.
+
+A group is ``group`` consecutive elements. What it needs beside its codes is its range, and a range
+in half precision would take 32 bits. Here it takes 16: the ends lie on a grid of 255 steps that
+spans the range of ``SUPERBLOCK`` consecutive groups, their *frame*, which is kept in float32.
+
+Encoding rounds the least value of a group down to the grid and the largest one up, so the decoded
+range holds every value, and rounds values inside it stochastically: what is decoded equals the
+value on average. All of a code's arithmetic is in float32, float64 tensors included, but for the
+ends of the ranges: in float64 their products are exact, and no device can round them otherwise.
+
+Values that are not finite, or beyond ``LIMIT``, widen no range: they decode to an end of their
+group's range, and NaN to the lower one. A range below ``TINY`` decodes to its lower end.
+
+Byte ``j`` of a group's ``group * bits / 8`` bytes holds the elements ``j``, ``j + group * bits /
+8`` and so on, from its lowest bits to its highest: a pass handles whole words of neighbours.
+
+The two ``*_reference`` functions are the definition. On CPU, whole superblocks of usable values
+are encoded in tiles that stay in the caches; on CUDA encoding and decoding are a Triton kernel
+each (``group_quantise_triton``).
+
+Source: a range per group and stochastic rounding are those of ActNN (Chen et al., ICML 2021, sec.
+4.1); that scale factors of blocks have a scale of their own is known from QLoRA ("double
+quantization", Dettmers et al., NeurIPS 2023, sec. 3).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aal.ops.noise import CHUNK, Noise
+from aal.ops.tiles import tiles
+
+GROUP = 256  # elements that share a range
+BITS = (1, 2, 4, 8)
+SUPERBLOCK = 64  # groups that share a frame
+LIMIT = 1.5 * 2.0**126  # about 1.3e38: a range of twice this does not overflow
+TINY = 2.0**-116  # about 1.2e-35: the inverse of a step of this range does not overflow
+_GRID = 255
+_GROUP_MULTIPLE = 64  # makes a byte's plane of a group whole 64-bit words, at one bit too
+_GROUP_MAX = CHUNK // SUPERBLOCK  # the noise of a superblock can be read in one piece
+
+
+class GroupCode(NamedTuple):
+    """What ``quantise_groups`` keeps of (n,) elements in ``groups = ceil(n / group)`` groups."""
+
+    codes: Tensor  # (groups, group * bits / 8) uint8
+    low: Tensor  # (groups,) uint8, on the grid of the frame
+    high: Tensor  # (groups,) uint8
+    frame: Tensor  # (ceil(groups / SUPERBLOCK), 2) float32, least and largest value
+
+
+def stored_bits(bits: int, group: int) -> float:
+    """Bits per element of a long tensor's code, ranges included."""
+    return bits + 2 * 8 / group + 2 * 32 / (SUPERBLOCK * group)
+
+
+def quantise_groups(x: Tensor, bits: int, noise: Noise, group: int = GROUP) -> GroupCode:
+    """Encode ``x``, rounding element i by number i of ``noise``.
+
+    Args:
+        x: (n,) of a floating-point dtype, contiguous.
+        bits: of a code, one of ``BITS``.
+        noise: decides between the two codes next to a value.
+        group: elements that share a range, a multiple of 64 up to 1024.
+
+    Raises:
+        ValueError: ``bits`` or ``group`` is none of these.
+    """
+    _check(bits, group)
+    return GroupCode(*_quantise(x, bits, noise.seed, noise.start, group))
+
+
+def dequantise_groups(
+    code: GroupCode, bits: int, numel: int, dtype: torch.dtype, group: int = GROUP
+) -> Tensor:
+    """Decode what ``quantise_groups`` returned for ``numel`` elements: (numel,) of ``dtype``."""
+    _check(bits, group)
+    return _dequantise(*code, bits, numel, dtype, group)
+
+
+def _check(bits: int, group: int) -> None:
+    if bits not in BITS:
+        raise ValueError(f"bits must be one of {BITS}, got {bits}")
+    if group % _GROUP_MULTIPLE or not 0 < group <= _GROUP_MAX:
+        raise ValueError(
+            f"group must be a multiple of {_GROUP_MULTIPLE} up to {_GROUP_MAX}, got {group}"
+        )
+
+
+def quantise_groups_reference(x: Tensor, bits: int, noise: Noise, group: int) -> GroupCode:
+    """Definition of the code."""
+    groups = -(-x.numel() // group)
+    superblocks = -(-groups // SUPERBLOCK)
+    padding = superblocks * SUPERBLOCK * group - x.numel()
+    values = F.pad(x.float(), (0, padding), value=torch.nan).view(superblocks, SUPERBLOCK, group)
+    usable = values.abs() <= LIMIT
+    least = torch.where(usable, values, torch.inf).amin(2)
+    largest = torch.where(usable, values, -torch.inf).amax(2)
+    ranges = _encode_ranges(least, largest)
+    base, scale, _ = (each.unsqueeze(-1) for each in _steps(*ranges, bits))
+    numbers = noise.numbers(values.numel(), x.device).view_as(values)
+    place = (values - base) * scale + numbers
+    codes = place.nan_to_num(nan=0.0).clamp(0, 2**bits - 1).to(torch.uint8)
+    planes = codes.view(superblocks * SUPERBLOCK, 8 // bits, group * bits // 8)
+    low, high, frame = ranges
+    packed = (planes << _plane_shifts(bits, x.device)).sum(1, dtype=torch.uint8)
+    return GroupCode(packed[:groups], low.view(-1)[:groups], high.view(-1)[:groups], frame)
+
+
+def dequantise_groups_reference(
+    code: GroupCode, bits: int, numel: int, dtype: torch.dtype, group: int
+) -> Tensor:
+    """Definition of the decoded numbers."""
+    planes = code.codes.unsqueeze(1) >> _plane_shifts(bits, code.codes.device) & 2**bits - 1
+    base, _, step = _steps_of_groups(code, bits)
+    values = planes.view(-1, group) * step + base
+    return values.view(-1)[:numel].to(dtype)
+
+
+def _plane_shifts(bits: int, device: torch.device) -> Tensor:
+    return torch.arange(0, 8, bits, dtype=torch.uint8, device=device)[:, None]
+
+
+def _encode_ranges(least: Tensor, largest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ends of the ranges on the grid of their frames.
+
+    Args:
+        least: (superblocks, SUPERBLOCK) float32; infinity where a group has no usable value.
+        largest: likewise; minus infinity there.
+
+    Returns:
+        ``low`` and ``high``, uint8 of the same shape, and ``frame``, (superblocks, 2) float32.
+    """
+    frame = torch.stack([least.amin(1), largest.amax(1)], dim=1)
+    frame = torch.where(frame[:, :1] <= frame[:, 1:], frame, 0)
+    first, last = frame.double().split(1, dim=1)
+    usable = least <= largest
+    least, largest = (torch.where(usable, end.double(), first) for end in (least, largest))
+    span = torch.where(first < last, last - first, 1)
+    low = torch.floor((least - first) / span * _GRID)
+    high = torch.ceil((largest - first) / span * _GRID)
+    # The quotient is rounded: it can come out on the grid where the exact one lies beside it.
+    low -= (_on_grid(low, frame) > least).double()
+    high += (_on_grid(high, frame) < largest).double()
+    return low.to(torch.uint8), high.to(torch.uint8), frame
+
+
+def _on_grid(place: Tensor, frame: Tensor) -> Tensor:
+    """Decoded ends of ranges: (superblocks, groups) of the grid -> the same shape, float32.
+
+    Exactly the frame's ends at 0 and 255, and exact for a frame of one value.
+    """
+    place = place.double()
+    first, last = frame.double().split(1, dim=1)
+    return ((first * (_GRID - place) + last * place) / _GRID).float()
+
+
+def _steps(low: Tensor, high: Tensor, frame: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Value of code 0, codes per unit and units per code of every group, float32."""
+    base = _on_grid(low, frame)
+    width = _on_grid(high, frame) - base
+    width = torch.where(width < TINY, 0, width)
+    levels = 2**bits - 1
+    return base, torch.where(width > 0, levels / width, 0), width / levels
+
+
+def _steps_of_groups(code: GroupCode, bits: int) -> list[Tensor]:
+    """``_steps`` as (groups, 1), from a code whose last superblock need not be full."""
+    padding = (0, -len(code.low) % SUPERBLOCK)
+    low, high = (F.pad(end, padding).view(-1, SUPERBLOCK) for end in (code.low, code.high))
+    return [each.view(-1, 1)[: len(code.low)] for each in _steps(low, high, code.frame, bits)]
+
+
+@torch.library.custom_op("aal::quantise_groups", mutates_args=())
+def _quantise(
+    x: Tensor, bits: int, seed: int, start: int, group: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return quantise_groups_reference(x, bits, Noise(seed, start), group)
+
+
+@_quantise.register_kernel("cpu")
+def _(
+    x: Tensor, bits: int, seed: int, start: int, group: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    code = GroupCode(*_empty_code(x, bits, group))
+    columns = SUPERBLOCK * group
+    whole = x.numel() // columns
+    for piece in (*tiles(whole, columns, x.device), slice(whole, len(code.frame))):
+        first = piece.start * columns
+        values = x[first : piece.stop * columns]
+        noise = Noise(seed, start + first)
+        tile = _quantise_usable(values, bits, noise, group) if piece.start < whole else None
+        if tile is None:
+            tile = quantise_groups_reference(values, bits, noise, group)
+        groups = slice(piece.start * SUPERBLOCK, piece.stop * SUPERBLOCK)
+        for kept, new in zip(code[:3], tile[:3], strict=True):
+            kept[groups] = new
+        code.frame[piece] = tile.frame
+    return tuple(code)
+
+
+def _quantise_usable(x: Tensor, bits: int, noise: Noise, group: int) -> GroupCode | None:
+    """The code of whole superblocks, or None if a value is not finite or too large."""
+    values = x.view(-1, group).float()
+    least, largest = (end.view(-1, SUPERBLOCK) for end in (values.amin(1), values.amax(1)))
+    if not torch.stack([-least, largest]).amax() <= LIMIT:  # NaN is not, either
+        return None
+    low, high, frame = _encode_ranges(least, largest)
+    base, scale, _ = (each.view(-1, 1) for each in _steps(low, high, frame, bits))
+    place = torch.sub(values, base).mul_(scale)
+    for first in range(0, x.numel(), CHUNK):
+        piece = place.view(-1)[first : first + CHUNK]
+        piece.add_(noise.piece(first, len(piece), x.device))
+    # Nothing is below 0: the decoded range holds every value. A conversion to int8 is faster.
+    place.clamp_max_(2**bits - 1)
+    codes = place.to(torch.int8 if bits < 8 else torch.uint8)
+    return GroupCode(_pack(codes, bits), low.view(-1), high.view(-1), frame)
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    """(groups, group) of one byte each -> (groups, group * bits / 8) uint8.
+
+    Every step puts the second half of a group above the first one, eight bytes at a time.
+    """
+    words = codes.view(torch.int64)
+    for shift in (4, 2, 1):
+        if shift >= bits:
+            first, second = words.chunk(2, dim=1)
+            words = first | second << shift
+    return words.view(torch.uint8)
+
+
+@_quantise.register_kernel("cuda")
+def _(x: Tensor, bits: int, seed: int, start: int, group: int):
+    from aal.ops.group_quantise_triton import quantise_groups_triton
+
+    return tuple(quantise_groups_triton(x, bits, Noise(seed, start), group))
+
+
+@_quantise.register_fake
+def _(x: Tensor, bits: int, seed: int, start: int, group: int):
+    return _empty_code(x, bits, group)
+
+
+def _empty_code(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    groups = (x.numel() + group - 1) // group
+    superblocks = (groups + SUPERBLOCK - 1) // SUPERBLOCK
+    return (
+        x.new_empty((groups, group * bits // 8), dtype=torch.uint8),
+        x.new_empty(groups, dtype=torch.uint8),
+        x.new_empty(groups, dtype=torch.uint8),
+        x.new_empty((superblocks, 2), dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("aal::dequantise_groups", mutates_args=())
+def _dequantise(
+    codes: Tensor,
+    low: Tensor,
+    high: Tensor,
+    frame: Tensor,
+    bits: int,
+    numel: int,
+    dtype: torch.dtype,
+    group: int,
+) -> Tensor:
+    code = GroupCode(codes, low, high, frame)
+    return dequantise_groups_reference(code, bits, numel, dtype, group)
+
+
+@_dequantise.register_kernel("cpu")
+def _(
+    codes: Tensor,
+    low: Tensor,
+    high: Tensor,
+    frame: Tensor,
+    bits: int,
+    numel: int,
+    dtype: torch.dtype,
+    group: int,
+) -> Tensor:
+    base, _, step = _steps_of_groups(GroupCode(codes, low, high, frame), bits)
+    out = torch.empty(len(codes), group, dtype=dtype)
+    for piece in tiles(len(codes), group, codes.device):
+        values = out[piece] if dtype == torch.float32 else torch.empty(out[piece].shape)
+        planes = values.view(len(values), 8 // bits, -1)
+        for plane in range(8 // bits):
+            planes[:, plane].copy_(codes[piece] >> plane * bits & 2**bits - 1)
+        values.mul_(step[piece]).add_(base[piece])
+        if dtype != torch.float32:
+            out[piece] = values
+    return out.view(-1)[:numel]
+
+
+@_dequantise.register_kernel("cuda")
+def _(
+    codes: Tensor,
+    low: Tensor,
+    high: Tensor,
+    frame: Tensor,
+    bits: int,
+    numel: int,
+    dtype: torch.dtype,
+    group: int,
+) -> Tensor:
+    from aal.ops.group_quantise_triton import dequantise_groups_triton
+
+    code = GroupCode(codes, low, high, frame)
+    return dequantise_groups_triton(code, bits, numel, dtype, group)
+
+
+@_dequantise.register_fake
+def _(codes: Tensor, low, high, frame, bits: int, numel: int, dtype: torch.dtype, group: int):
+    return codes.new_empty(numel, dtype=dtype)
