@@ -153,7 +153,7 @@ def _unpack(packed: Tensor, bits: int | list[int], rows: int, columns: int) -> T
     for own, chosen in _rows_by_bits(bits):
         count = len(chosen) * columns
         last = first + packed_bytes(count, own)
-        codes[chosen] = unpack_codes(packed[first:last], own, count).view(-1, columns)
+        codes[chosen] = unpack_codes(packed[first:last], own, count).view(len(chosen), columns)
         first = last
     return codes
 

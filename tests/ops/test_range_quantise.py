@@ -106,7 +106,7 @@ def test_last_group_has_its_own_range():
 
 
 @pytest.mark.parametrize("faithful", [False, True], ids=["mended", "faithful"])
-@pytest.mark.parametrize("columns", [256, 300])
+@pytest.mark.parametrize("columns", [0, 1, 256, 300])
 def test_rows_may_have_bits_of_their_own(columns, faithful, device):
     x = torch.randn(7, columns, device=device)
     bits = [3, 8, 1, 2, 8, 5, 4]
