@@ -1,5 +1,6 @@
 """Auxiliary Activation Learning: train the same network in a fraction of the activation memory."""
 
+from aal.compression.compress import compress
 from aal.indicator import learning_indicator
 from aal.rules.aba import Conv2dABA, LinearABA, conv2d_aba, linear_aba
 from aal.rules.ara import Conv2dARA, conv2d_ara
@@ -11,6 +12,7 @@ __all__ = [
     "Conv2dASA",
     "LinearABA",
     "LinearASA",
+    "compress",
     "conv2d_aba",
     "conv2d_ara",
     "conv2d_asa",

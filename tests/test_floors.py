@@ -22,7 +22,8 @@ FLOORS = {
     "aal/method.py": ("aal.ops", "aal.rules", "aal.lean"),
     "aal/feed_forward.py": ("aal.ops", "aal.rules", "aal.lean", "aal.method"),
     "aal/attention.py": ("aal.ops", "aal.rules", "aal.lean", "aal.method"),
-    "aal/__init__.py": ("aal.ops", "aal.rules", "aal.lean", "aal.indicator", "aal.memory"),
+    "aal/compression": ("aal.ops", "aal.lean", "aal.indicator"),
+    "aal/__init__.py": ("aal.ops", "aal.rules", "aal.compression", "aal.indicator"),
     "aal/training": ("aal",),
 }
 MODEL_FOLDERS = sorted(path.parent for path in ROOT.glob("*/train.py"))

@@ -54,6 +54,9 @@ class Raw:
     is_exact = True
     bits: float | None = None
 
+    def __str__(self) -> str:
+        return "raw"
+
     def encode(self, x: Tensor, noise: Noise) -> Encoded:
         return (x,), None
 
@@ -69,6 +72,9 @@ class Bits:
     is_exact = True
     bits: float | None = 1
 
+    def __str__(self) -> str:
+        return "mask"
+
     def encode(self, x: Tensor, noise: Noise) -> Encoded:
         return (pack_sign(x.view(torch.uint8)),), x.numel()
 
@@ -83,6 +89,9 @@ class TwoValues:
     is_flat = True
     is_exact = True
     bits: float | None = 1
+
+    def __str__(self) -> str:
+        return "mask"
 
     def encode(self, x: Tensor, noise: Noise) -> Encoded:
         return (pack_sign(x), x.max()), (x.numel(), x.dtype)
@@ -104,6 +113,9 @@ class Side:
     is_flat = True
     is_exact = True
     bits: float | None = 1
+
+    def __str__(self) -> str:
+        return "mask"
 
     def encode(self, x: Tensor, noise: Noise) -> Encoded:
         low, high = self.interval.low, self.interval.high
@@ -128,6 +140,9 @@ class Shape:
     is_exact = True
     bits: float | None = 0
 
+    def __str__(self) -> str:
+        return "shape"
+
     def encode(self, x: Tensor, noise: Noise) -> Encoded:
         return (), (x.size(), x.stride(), x.dtype, x.device)
 
@@ -151,6 +166,9 @@ class PoolIndex:
     is_exact = True
     bits: float | None = 4
 
+    def __str__(self) -> str:
+        return "index"
+
     def encode(self, x: Tensor, noise: Noise) -> Encoded:
         return (pack_pool_index(x, self.window, self.image),), x.size()
 
@@ -171,6 +189,9 @@ class Groups:
     group: int = GROUP
     is_flat = True
     is_exact = False
+
+    def __str__(self) -> str:
+        return "groups"
 
     def encode(self, x: Tensor, noise: Noise) -> Encoded:
         return tuple(quantise_groups(x, self.bits, noise, self.group)), (x.numel(), x.dtype)

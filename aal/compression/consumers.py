@@ -141,7 +141,9 @@ _LOSSES = (
 )
 
 
-def consumer_of(node: Any, name: str, attribute: str, tensor: Tensor, requires_grad: bool) -> Consumer:
+def consumer_of(
+    node: Any, name: str, attribute: str, tensor: Tensor, requires_grad: bool
+) -> Consumer:
     """What a node needs of a tensor.
 
     Args:

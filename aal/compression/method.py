@@ -54,11 +54,15 @@ class Method:
         smallest: tensors of fewer elements are kept as they are.
         masks: keep one bit per element of what a ReLU saved.
         shares: elements that several nodes saved have one payload.
+        is_off: nothing is done at all.
+        offloads: payloads lie in the host's memory.
         needs_closure: ``Session.step`` has to be given one.
     """
 
     name: ClassVar[str]
-    needs_closure: ClassVar[bool] = False
+    is_off: bool = False
+    offloads: bool = False
+    needs_closure: bool = False
     recipes: bool = False
     smallest: int = 4096
     masks: bool = True
@@ -114,6 +118,13 @@ class Method:
 
     def step(self, session: Session, closure: Callable[[], Any] | None) -> None:
         """A training step is over."""
+
+
+class Nothing(Method):
+    """Plain PyTorch."""
+
+    name = "none"
+    is_off = True
 
 
 class Exact(Method):

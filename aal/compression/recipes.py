@@ -195,9 +195,7 @@ def _batch_norm_relu(node: Any, modules: Modules, mask: Handle | None) -> Recipe
     eps = norm.eps
     known = None if training else tuple(running)
     version = norm.bias._version
-    return _BatchNormReLU(
-        source, norm, version, training, eps, weight, known, mean, rstd, mask
-    )
+    return _BatchNormReLU(source, norm, version, training, eps, weight, known, mean, rstd, mask)
 
 
 def _module(weight: Handle | None, modules: Modules) -> nn.Module | None:

@@ -105,6 +105,8 @@ class Session:
     # The user's side
 
     def __enter__(self) -> Session:
+        if self.method.is_off:
+            return self
         if torch.compiler.is_compiling():
             raise RuntimeError(
                 "a compressor cannot be entered inside a compiled function; compile the model, or "
@@ -135,6 +137,8 @@ class Session:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        if self.method.is_off:
+            return
         self._entered.pop().__exit__(*error)
         if self._entered:
             return
@@ -311,9 +315,7 @@ class Session:
         else:
             self._replace(handle, tensor, consumer, payload, stride, is_shared=True)
 
-    def _keep(
-        self, handle: Handle, tensor: Tensor, consumer: Consumer | None, reason: str
-    ) -> None:
+    def _keep(self, handle: Handle, tensor: Tensor, consumer: Consumer | None, reason: str) -> None:
         handle.keep(self._outer)
         place = place_of_elements(tensor)[:1]
         is_new = self._is_new(place, tensor)
