@@ -68,7 +68,7 @@ def is_dense(tensor: Tensor) -> bool:
     """Do the elements fill a piece of memory, each place once?"""
     expected = 1
     for stride, size in sorted(
-        (pair for pair in zip(tensor.stride(), tensor.size(), strict=True) if pair[1] > 1)
+        pair for pair in zip(tensor.stride(), tensor.size(), strict=True) if pair[1] > 1
     ):
         if stride != expected:
             return False

@@ -61,7 +61,7 @@ def quantise_groups(x: Tensor, bits: int, noise: Noise, group: int = GROUP) -> G
     """Encode ``x``, rounding element i by number i of ``noise``.
 
     Args:
-        x: (n,) of a floating-point dtype, contiguous.
+        x: (n,) of a floating-point dtype.
         bits: of a code, one of ``BITS``.
         noise: decides between the two codes next to a value.
         group: elements that share a range, a multiple of 64 up to 1024.
@@ -70,7 +70,7 @@ def quantise_groups(x: Tensor, bits: int, noise: Noise, group: int = GROUP) -> G
         ValueError: ``bits`` or ``group`` is none of these.
     """
     _check(bits, group)
-    return GroupCode(*_quantise(x, bits, noise.seed, noise.start, group))
+    return GroupCode(*_quantise(x.contiguous(), bits, noise.seed, noise.start, group))
 
 
 def dequantise_groups(
@@ -185,7 +185,7 @@ def _quantise(
 def _(
     x: Tensor, bits: int, seed: int, start: int, group: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    code = GroupCode(*_empty_code(x, bits, group))
+    code = GroupCode(*empty_code(x, bits, group))
     columns = SUPERBLOCK * group
     whole = x.numel() // columns
     for piece in (*tiles(whole, columns, x.device), slice(whole, len(code.frame))):
@@ -242,10 +242,11 @@ def _(x: Tensor, bits: int, seed: int, start: int, group: int):
 
 @_quantise.register_fake
 def _(x: Tensor, bits: int, seed: int, start: int, group: int):
-    return _empty_code(x, bits, group)
+    return empty_code(x, bits, group)
 
 
-def _empty_code(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def empty_code(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fields of a ``GroupCode`` of ``x``, to be written to."""
     groups = (x.numel() + group - 1) // group
     superblocks = (groups + SUPERBLOCK - 1) // SUPERBLOCK
     return (

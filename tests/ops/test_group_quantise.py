@@ -169,6 +169,35 @@ def test_tensor_of_several_tiles_and_many_groups_equals_the_definition(device):
     assert_same_bits(decoded, dequantise_groups_reference(code, 2, x.numel(), x.dtype, 64))
 
 
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("numel", [0, 1, 300, 64 * 64, 64 * 64 * 2 + 1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernels_equal_the_definition(bits, numel, dtype, device):
+    check_kernels(awkward(numel, dtype).to(device), bits, 64)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("bits", BITS)
+def test_kernels_equal_the_definition_for_every_group_size(bits, group, device):
+    check_kernels((torch.randn(66 * group + 5) * 100 + 3).to(device), bits, group)
+
+
+def check_kernels(x: Tensor, bits: int, group: int) -> None:
+    pytest.importorskip("triton")
+    from aal.ops.group_quantise_triton import dequantise_groups_triton, quantise_groups_triton
+
+    if not x.is_cuda and torch.cuda.is_available():
+        pytest.skip("the kernels are compiled here, not interpreted")
+    with np.errstate(all="ignore"):  # the interpreter's warnings about infinities
+        code = quantise_groups_triton(x, bits, NOISE, group)
+        decoded = dequantise_groups_triton(code, bits, x.numel(), x.dtype, group)
+    assert_same_code(code, quantise_groups_reference(x, bits, NOISE, group))
+    expected = dequantise_groups_reference(code, bits, x.numel(), x.dtype, group)
+    # The interpreter cuts bfloat16 off where the compiled kernel rounds.
+    one_off = 2**-7 if x.dtype == torch.bfloat16 and not x.is_cuda else 0
+    torch.testing.assert_close(decoded, expected, rtol=one_off, atol=0)
+
+
 def test_takes_the_bytes_it_says():
     group, groups = 256, 3 * SUPERBLOCK
     for bits in BITS:
@@ -219,12 +248,11 @@ def test_error_of_normal_values(bits):
         assert abs(expected / (span.square().mean() / (6 * levels**2)) - 1) < 0.05
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("offset", [0, 50])
+@pytest.mark.parametrize(("offset", "dtype"), [(0, torch.float32), (50, torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("bits", BITS)
 def test_is_right_on_average(bits, offset, dtype):
     """The mean of many draws, per element within Bernstein's bound for one error in a million."""
-    draws, group, levels = 400, 64, 2**bits - 1
+    draws, group, levels = 200, 64, 2**bits - 1
     x = (torch.randn(640) + offset).to(dtype)
     starts = torch.randint(PERIOD, (draws,)).tolist()
     codes = [quantise_groups(x, bits, Noise(0, start), group) for start in starts]
@@ -271,7 +299,7 @@ def test_padding_widens_no_range(group, device):
     for bits in BITS:
         decoded = round_trip(x, bits, group=group)
         assert (decoded >= x.min() * (1 - 1e-6)).all()
-        assert_same_bits(decoded[-1] - x[-1] < 1e-2, torch.tensor(True, device=device))
+        assert abs(decoded[-1] - x[-1]) < 1 / 255 + 1e-4  # a range of one step of the grid
 
 
 @pytest.mark.parametrize(
@@ -298,8 +326,8 @@ def test_ranges_of_any_size(bits, scale, dtype, device):
 
 def test_a_range_too_small_to_divide_decodes_to_its_lower_end():
     x = torch.rand(500) * 1e-37
-    expected = x.min()
-    assert (round_trip(x, 8) - expected <= 1e-37).all()
+    expected = torch.cat([x[:256].min().expand(256), x[256:].min().expand(244)])
+    assert ((round_trip(x, 8) - expected).abs() <= 1e-37 / 255).all()
     assert (round_trip(torch.tensor([0.0, 1e-44]), 8) == 0).all()
 
 
@@ -352,6 +380,12 @@ def test_input_is_left_alone():
         before = x.clone()
         round_trip(x, 4, group=64)
         assert_same_bits(x, before)
+
+
+def test_takes_what_is_not_contiguous():
+    x = torch.randn(5_000, 2)
+    code = quantise_groups(x[:, 1], 4, NOISE)
+    assert_same_code(code, quantise_groups(x[:, 1].clone(), 4, NOISE))
 
 
 def test_takes_what_requires_a_gradient():
