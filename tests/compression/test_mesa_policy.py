@@ -176,6 +176,15 @@ NUMBER = "a whole number from 0 up"
             "line 3: found 'bits: 8', expected 'enable: VALUE', 'level: VALUE' or "
             "'ema_decay: VALUE'",
         ),
+        (
+            RULE + "level\n",
+            "line 3: found 'level', expected 'enable: VALUE', 'level: VALUE' or 'ema_decay: VALUE'",
+        ),
+        (
+            RULE + "level of all: 8\n",
+            "line 3: found 'level of all: 8', expected 'enable: VALUE', 'level: VALUE' or "
+            "'ema_decay: VALUE'",
+        ),
         (RULE + "enable: yes\n", "line 3: enable is 'yes', expected True or False"),
         (RULE + "enable:\n", "line 3: enable is '', expected True or False"),
         (RULE + "level: 8.5\n", "line 3: level is '8.5', expected a whole number"),
