@@ -20,7 +20,7 @@ from aal.ops.group_quantise import (
     quantise_groups_reference,
     stored_bits,
 )
-from aal.ops.noise import PERIOD, Noise
+from aal.ops.noise import CHUNK, PERIOD, Noise
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 GROUPS = (64, 192, 256, 1024)
@@ -114,21 +114,16 @@ def test_definition_of_the_codes(bits):
     assert_same_bits(planes.view(-1, group).double()[certain], floor[certain])
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_decoded_range_holds_every_value(bits):
+def test_decoded_ranges_hold_every_value():
     scale = 10.0 ** torch.randint(-6, 6, (1000, 1))
     offset = torch.tensor([0.0, 1.0, -1000.0])[torch.arange(1000) // 64 % 3][:, None]
-    x = (torch.randn(1000, 64) * scale + offset).view(-1)
-    code = quantise_groups(x, bits, NOISE, 64)
-
-    def decoded(end: Tensor) -> Tensor:
-        """Codes all 0, in groups whose lower end is ``end``."""
-        only = GroupCode(torch.zeros_like(code.codes), end, code.high, code.frame)
-        return dequantise_groups(only, bits, x.numel(), torch.float32, 64).view(-1, 64)[:, 0]
-
-    rows = x.view(-1, 64)
-    assert (decoded(code.low) <= rows.amin(1)).all()
-    assert (decoded(code.high) >= rows.amax(1)).all()
+    rows = torch.randn(1000, 64) * scale + offset
+    code = quantise_groups(rows.view(-1), 1, NOISE, 64)
+    zeros = torch.zeros_like(code.codes)
+    low = dequantise_groups(code._replace(codes=zeros), 1, rows.numel(), torch.float32, 64)
+    high = dequantise_groups(code._replace(codes=~zeros), 1, rows.numel(), torch.float32, 64)
+    assert (low.view_as(rows) <= rows).all()
+    assert (high.view_as(rows) >= rows * (1 - torch.sign(rows) * 1e-6)).all()
 
 
 # Implementations
@@ -334,12 +329,15 @@ def test_a_range_too_small_to_divide_decodes_to_its_lower_end():
 def test_values_that_are_not_finite_widen_no_range(device):
     x = torch.randn(10_000)
     damaged = x.clone()
+    damaged[640:704] = torch.nan  # a whole group
     damaged[5:200:7], damaged[6:200:7], damaged[7:200:7] = torch.nan, torch.inf, -torch.inf
     kept = damaged.isfinite()
-    damaged[8192:] = torch.nan  # whole groups and the last superblock
+    damaged[8192:] = torch.nan  # the last superblock
     decoded = round_trip(damaged.to(device), 4, group=64).cpu()
     assert decoded.isfinite().all()
-    assert_same_bits(decoded[512:4096], round_trip(x, 4, group=64)[512:4096])
+    undamaged = round_trip(x, 4, group=64)
+    assert_same_bits(decoded[704:4096], undamaged[704:4096])
+    assert_same_bits(decoded[640:704], x[:4096].min().expand(64))
     low, high = damaged[:64][kept[:64]].min(), damaged[:64][kept[:64]].max()
     width = 2 * (x.max() - x.min()) / 255
     first = damaged[:64]
@@ -363,6 +361,19 @@ def test_equal_noise_gives_equal_codes_and_other_noise_others():
     assert_same_code(quantise_groups(x, 4, NOISE), quantise_groups(x, 4, NOISE))
     for other in (Noise(NOISE.seed, 0), Noise(NOISE.seed + 1, NOISE.start)):
         assert (quantise_groups(x, 4, other).codes != quantise_groups(x, 4, NOISE).codes).any()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_largest_noise_rounds_up_and_not_over(bits, monkeypatch):
+    largest = torch.full((PERIOD + CHUNK,), 1 - 2.0**-24)
+    monkeypatch.setattr("aal.ops.noise.table", lambda seed, device: largest.to(device))
+    x = torch.rand(64 * 64 * 3)
+    decoded = round_trip(x, bits, group=64)
+    assert (decoded >= x * (1 - 1e-6)).all()
+    assert (decoded <= 1 + 1e-6).all()
+    assert_same_code(
+        quantise_groups(x, bits, NOISE, 64), quantise_groups_reference(x, bits, NOISE, 64)
+    )
 
 
 def test_nobodys_random_state_is_touched(device):
