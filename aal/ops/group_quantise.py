@@ -163,7 +163,12 @@ def _on_grid(place: Tensor, frame: Tensor) -> Tensor:
     """
     place = place.double()
     first, last = frame.double().split(1, dim=1)
-    return ((first * (_GRID - place) + last * place) / _GRID).float()
+    return _divide(first * (_GRID - place) + last * place, _GRID).float()
+
+
+def _divide(x: Tensor, number: int) -> Tensor:
+    """``x / number`` rounded once on every device: by a plain number CUDA divides less exactly."""
+    return x / torch.full_like(x, number)
 
 
 def _steps(low: Tensor, high: Tensor, frame: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,8 +176,8 @@ def _steps(low: Tensor, high: Tensor, frame: Tensor, bits: int) -> tuple[Tensor,
     base = _on_grid(low, frame)
     width = _on_grid(high, frame) - base
     width = torch.where(width < TINY, 0, width)
-    levels = 2**bits - 1
-    return base, torch.where(width > 0, levels / width, 0), width / levels
+    step = _divide(width, 2**bits - 1)
+    return base, torch.where(width > 0, 1 / step, 0), step
 
 
 def _steps_of_groups(code: GroupCode, bits: int) -> list[Tensor]:

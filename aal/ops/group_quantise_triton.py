@@ -25,9 +25,9 @@ def _on_grid(place, first, last):
 
 
 @triton.jit
-def _width(low, high, TINY: tl.constexpr):
+def _step(low, high, LEVELS: tl.constexpr, TINY: tl.constexpr):
     width = high - low
-    return tl.where(width < TINY, 0.0, width)
+    return tl.div_rn(tl.where(width < TINY, 0.0, width), tl.full(low.shape, LEVELS, tl.float32))
 
 
 @triton.jit(do_not_specialize=["start"])
@@ -80,9 +80,9 @@ def _quantise_kernel(
 
     LEVELS: tl.constexpr = 2**BITS - 1
     base = _on_grid(low_place, first, last)
-    width = _width(base, _on_grid(high_place, first, last), TINY)
-    levels = tl.full([SUPERBLOCK], LEVELS, tl.float32)
-    scale = tl.where(width > 0, tl.div_rn(levels, tl.where(width > 0, width, 1.0)), 0.0)
+    step = _step(base, _on_grid(high_place, first, last), LEVELS, TINY)
+    one = tl.full([SUPERBLOCK], 1.0, tl.float32)
+    scale = tl.where(step > 0, tl.div_rn(one, tl.where(step > 0, step, 1.0)), 0.0)
 
     GROUP_BYTES: tl.constexpr = GROUP * BITS // 8
     noise += (start + superblock * (SUPERBLOCK * GROUP)) % PERIOD
@@ -124,9 +124,9 @@ def _dequantise_kernel(
     first = tl.load(frame, mask=some, other=0.0).to(tl.float64)
     last = tl.load(frame + 1, mask=some, other=0.0).to(tl.float64)
     base = _on_grid(tl.load(low + group, mask=some, other=0), first, last)
-    width = _width(base, _on_grid(tl.load(high + group, mask=some, other=0), first, last), TINY)
     LEVELS: tl.constexpr = 2**BITS - 1
-    step = tl.div_rn(width, tl.full([GROUPS], LEVELS, tl.float32))
+    top = _on_grid(tl.load(high + group, mask=some, other=0), first, last)
+    step = _step(base, top, LEVELS, TINY)
 
     GROUP_BYTES: tl.constexpr = GROUP * BITS // 8
     for column in range(0, GROUP_BYTES, BYTES):
