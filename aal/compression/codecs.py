@@ -4,6 +4,7 @@ A codec is immutable and hashable, so that equal codecs share payloads. ``encode
 tensors that are kept and whatever plain values ``decode`` needs beside them.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -119,17 +120,23 @@ class Side:
 
     def encode(self, x: Tensor, noise: Noise) -> Encoded:
         low, high = self.interval.low, self.interval.high
-        inside = x if low == 0 else x - low
-        packed = pack_sign(inside)
-        if high != float("inf"):
-            packed &= pack_sign(high - x)
-        return (packed,), (x.numel(), x.dtype)
+        if (low, high) == (0, math.inf):
+            return (pack_sign(x),), (x.numel(), x.dtype)
+        # As tensors with a dimension, thresholds are compared in their own precision.
+        precision = torch.promote_types(x.dtype, torch.float32)
+        inside = x > x.new_full((1,), low, dtype=precision)
+        if high != math.inf:
+            inside &= x < x.new_full((1,), high, dtype=precision)
+        return (pack_sign(inside.view(torch.uint8)),), (x.numel(), x.dtype)
 
     def decode(self, tensors: tuple[Tensor, ...], meta: Any) -> Tensor:
         numel, dtype = meta
-        inside = unpack_sign(*tensors, layout_in_rows((numel,)), dtype, low=0)
-        outside, step = self.interval.outside, self.interval.inside - self.interval.outside
-        return inside if (outside, step) == (0, 1) else inside.mul_(step).add_(outside)
+        rows, interval = layout_in_rows((numel,)), self.interval
+        if (interval.outside, interval.inside) == (0, 1):
+            return unpack_sign(*tensors, rows, dtype, low=0)
+        is_inside = unpack_sign(*tensors, rows, torch.bool, low=0)
+        outside = torch.full_like(is_inside, interval.outside, dtype=dtype)
+        return outside.masked_fill_(is_inside, interval.inside)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -109,6 +110,9 @@ _BITS = {
     "ThresholdBackward1": "self",
 }
 
+# Nodes that look for their result among what they saved, to pass the gradient there.
+_COMPARING = ("Amax", "Amin", "Max", "Min", "Fmax", "Fmin", "Median", "Nanmedian")
+
 # Nodes that divide by what they saved, or take its logarithm: a value rounded to zero is fatal.
 _DIVIDING = (
     "Div",
@@ -118,12 +122,17 @@ _DIVIDING = (
     "Reciprocal",
     "Pow",
     "Norm",
-    "LinalgVectorNorm",
     "Std",
     "Var",
     "Acos",
     "Asin",
     "Atanh",
+    "Atan2",
+    "Hypot",
+    "Prod",
+    "Cumprod",
+    "Xlog",
+    "Linalg",
 )
 _LOSSES = (
     "LogSoftmax",
@@ -173,6 +182,8 @@ def consumer_of(
         return Consumer(name, Need.EXACT, f"a {attribute} of {name}")
     if name == "PowBackward0" and node._saved_exponent >= 1:
         return Consumer(name, Need.VALUES, "nonlinear")
+    if kind.startswith(_COMPARING):
+        return Consumer(name, Need.EXACT, "compared")
     if kind.startswith(_DIVIDING):
         return Consumer(name, Need.EXACT, "may be divided by")
     if requires_grad:
@@ -190,13 +201,25 @@ class Interval:
     outside: float
 
 
-def interval_of(node: Any, name: str) -> Interval:
-    """The one bit that a node of ``Need.BIT`` asks for."""
+def interval_of(node: Any, name: str, x: Tensor) -> Interval:
+    """The one bit that a node of ``Need.BIT`` asks for of ``x``."""
+    low, high = 0.0, math.inf
     if name.startswith("Hardtanh"):
         low, high = float(node._saved_min_val), float(node._saved_max_val)
     elif name.startswith("Hardsigmoid"):
         low, high = -3.0, 3.0
-    else:
-        low = float(node._saved_threshold) if name.startswith("Threshold") else 0.0
-        return Interval(low, math.inf, low + 1, low)
-    return Interval(low, high, (low + high) / 2, high)
+    elif name.startswith("Threshold"):
+        low = float(node._saved_threshold)
+        if x.device.type != "cpu":  # PyTorch rounds it there, and compares in single precision here
+            low = torch.tensor(low, dtype=x.dtype).item()
+    if (low, high) == (0, math.inf):
+        return Interval(low, high, 1.0, 0.0)
+    if high == math.inf:
+        return Interval(low, high, low + _margin(low), low - _margin(low))
+    middle = (max(low, high - 2 * _margin(high)) + high) / 2
+    return Interval(low, high, middle, high + _margin(high))
+
+
+def _margin(threshold: float) -> float:
+    """So far from a threshold, rounding to a dtype changes no side."""
+    return max(1.0, abs(threshold))

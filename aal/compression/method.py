@@ -89,7 +89,9 @@ class Method:
 
     def mask(self, use: Use) -> Codec | Keep:
         """How a tensor is kept of which one bit per element is needed."""
-        return Side(interval_of(use.node, use.consumer.node)) if self.masks else self.values(use)
+        if not self.masks:
+            return self.values(use)
+        return Side(interval_of(use.node, use.consumer.node, use.tensor))
 
     def pool_index(self, use: Use) -> Codec | Keep:
         """How the indices of a max pool are kept."""
@@ -150,7 +152,10 @@ def is_two_valued(use: Use) -> bool:
     x = use.tensor
     if use.consumer.kind != "product" or use.handle.requires_grad or x.device.type != "cpu":
         return False
-    return bool(((x == 0) | (x == x.max())).all())
+    if x.numel() == 0:
+        return False
+    value = x.max()
+    return bool(((x == 0) | (x == value)).all() & value.isfinite())
 
 
 def _pair(values: Any) -> tuple[int, int]:

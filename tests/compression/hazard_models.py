@@ -1,0 +1,134 @@
+"""What the tests of hazards share: sessions that compress tiny tensors, and what is right."""
+
+import copy
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from helpers import assert_same_bits, cotangent_of
+from torch import Tensor, nn
+
+import aal
+from aal.compression.session import Session
+
+# Methods that every hazard is tried with; values that are not exact have eight bits, so that a
+# gradient which is right is near.
+OPTIONS = {"adaptive": {"bits": 8}, "exact": {}}
+METHODS = list(OPTIONS)
+EXACT = ("exact",)
+
+
+def session_of(method: str, model: nn.Module | None = None, **options) -> Session:
+    """A session that compresses tensors of a single element too."""
+    return aal.compress(method, model=model, smallest=1, **OPTIONS.get(method, {}), **options)
+
+
+def gradients(
+    forward: Callable[[], Tensor], leaves: Iterable[Tensor], session: Session
+) -> list[Tensor | None]:
+    """Output of ``forward`` inside a session, and gradients of leaves that go into it."""
+    torch.manual_seed(3)
+    with session:
+        y = forward()
+    grads = torch.autograd.grad(y, list(leaves), cotangent_of(y), allow_unused=True)
+    return [y.detach(), *grads]
+
+
+def assert_right(method: str, found: list[Tensor | None], expected: list[Tensor | None]) -> None:
+    """The output, which comes first, bit for bit, and gradients as exact as the method is."""
+    assert_same_bits(found[0], expected[0])
+    if method in EXACT:
+        assert_same_bits(found, expected)
+        return
+    for one, other in zip(found, expected, strict=True):
+        if other is None:
+            assert one is None
+            continue
+        assert one.dtype == other.dtype
+        assert one.stride() == other.stride()
+        error = (one.double() - other.double()).norm()
+        assert error <= 0.1 * other.double().norm() + 1e-6, error / other.double().norm()
+
+
+def check(
+    method: str, forward: Callable[[], Tensor], leaves: Iterable[Tensor], model=None
+) -> Session:
+    """Compare gradients with those of plain PyTorch; returns the session."""
+    leaves = list(leaves)
+    expected = gradients(forward, leaves, aal.compress("none"))
+    session = session_of(method, model)
+    assert_right(method, gradients(forward, leaves, session), expected)
+    return session
+
+
+def check_model(method: str, model: nn.Module, x: Tensor, **options) -> Session:
+    """Compare gradients of a model with those of plain PyTorch, and what it does to buffers."""
+    x = x.detach().requires_grad_(x.is_floating_point())
+    plain = copy.deepcopy(model)
+    session = session_of(method, model, **options)
+    found = {}
+    for name, own, entered in (("plain", plain, aal.compress("none")), ("ours", model, session)):
+        leaves = [p for p in own.parameters() if p.requires_grad]
+        found[name] = gradients(lambda own=own: own(x), [x, *leaves], entered)
+    assert_right(method, found["ours"], found["plain"])
+    assert_same_bits(dict(model.named_buffers()), dict(plain.named_buffers()))
+    return session
+
+
+def codecs(session: Session) -> set[str]:
+    return {row.codec for row in session.report().rows}
+
+
+class Block(nn.Module):
+    """Attention and feed-forward of a ViT, with dropout."""
+
+    def __init__(self, dim: int = 16, heads: int = 2, dropout: float = 0.0):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim, eps=1e-6)
+        self.attention = nn.MultiheadAttention(dim, heads, dropout, batch_first=True)
+        self.expand, self.reduce = nn.Linear(dim, 3 * dim), nn.Linear(3 * dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        x = x + self.dropout(self.attention(y, y, y, need_weights=False)[0])
+        return x + self.dropout(self.reduce(self.dropout(F.gelu(self.expand(self.norm2(x))))))
+
+
+def vit(dropout: float = 0.0) -> nn.Sequential:
+    return nn.Sequential(Block(dropout=dropout), Block(dropout=dropout), nn.Linear(16, 5))
+
+
+class Residual(nn.Module):
+    """A basic block of a ResNet, with in-place ReLUs."""
+
+    def __init__(self, channels: int, stride: int = 1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.shortcut = nn.Sequential()
+        if stride > 1:
+            conv = nn.Conv2d(channels, channels, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
+        y += self.shortcut(x)
+        return self.relu(y)
+
+
+def resnet(channels: int = 8) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(3, 2, 1),
+        Residual(channels),
+        Residual(channels, stride=2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(channels, 5),
+    )
