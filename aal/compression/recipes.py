@@ -21,7 +21,8 @@ from aal.ops.batch_norm import Parameters, Statistics, batch_norm_replay
 
 _VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "AliasBackward0")
 _BATCH_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
-Modules = Mapping[tuple[int, int], nn.Module]  # norms by the place of their weights
+# Norms by the place of their weights; None where several share one.
+Modules = Mapping[tuple[int, int], nn.Module | None]
 
 
 class Recipe(Protocol):
@@ -69,9 +70,15 @@ def recipe_of(grad_fn: Any, handle: Handle, modules: Modules) -> Recipe | None:
         handle: of the tensor; it is pending.
         modules: norms by ``parameter_place`` of their weights.
     """
-    tensor, is_view, is_fresh = handle.tensor, False, handle.version == 0
+    tensor, is_fresh = handle.tensor, handle.version == 0
+    is_view = is_cast = False
     while grad_fn is not None and grad_fn.name() in (*_VIEWS, "ToCopyBackward0"):
-        is_view |= grad_fn.name() in _VIEWS
+        if grad_fn.name() in _VIEWS:
+            is_view = True
+        elif is_cast:  # what the first cast rounded off
+            return None
+        else:
+            is_cast = True
         grad_fn = grad_fn.next_functions[0][0]
     if grad_fn is None or (is_view and not tensor.is_contiguous()):
         return None
@@ -132,8 +139,7 @@ class _BatchNormReLU(NamedTuple):
     """ReLU behind it only where ``mask`` is its output."""
 
     source: Handle
-    norm: nn.Module
-    version: int  # of the bias, which the norm's node does not save
+    bias: Handle  # which the norm's node does not save
     training: bool
     eps: float
     weight: Handle
@@ -143,12 +149,7 @@ class _BatchNormReLU(NamedTuple):
     mask: Handle | None
 
     def apply(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.restore(), self.norm.bias.detach()
-        if bias._version != self.version:
-            raise RuntimeError(
-                "a tensor needed for gradient computation has been modified by an inplace "
-                f"operation: the bias of a batch norm, to compute {self.source.site} again"
-            )
+        weight, bias = self.weight.restore(), self.bias.restore()
         running = [handle.restore() for handle in self.running] if self.running else [None, None]
         statistics = Statistics(self.mean.restore(), self.rstd.restore(), x.new_empty(0))
         parameters = Parameters(weight, bias, *running)
@@ -188,14 +189,21 @@ def _batch_norm_relu(node: Any, modules: Modules, mask: Handle | None) -> Recipe
     names = ("input", "weight", "result1", "result2", "running_mean", "running_var")
     source, weight, mean, rstd, *running = (_handle(node, name) for name in names)
     norm, training = _module(weight, modules), node._saved_training
-    if source is None or mean is None or rstd is None or getattr(norm, "bias", None) is None:
+    if source is None or mean is None or rstd is None or not _has_own_bias(node, norm):
         return None
     if not training and None in running:
         return None
-    eps = norm.eps
-    known = None if training else tuple(running)
-    version = norm.bias._version
-    return _BatchNormReLU(source, norm, version, training, eps, weight, known, mean, rstd, mask)
+    bias, known = Handle(norm.bias, source.site), None if training else tuple(running)
+    return _BatchNormReLU(source, bias, training, norm.eps, weight, known, mean, rstd, mask)
+
+
+def _has_own_bias(node: Any, norm: nn.Module | None) -> bool:
+    """Did a batch norm add its module's bias, and no other in its place?"""
+    bias = getattr(norm, "bias", None)
+    if bias is None:
+        return False
+    added = getattr(node.next_functions[2][0], "variable", None)
+    return added is (bias if bias.requires_grad else None)
 
 
 def _module(weight: Handle | None, modules: Modules) -> nn.Module | None:

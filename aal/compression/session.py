@@ -254,7 +254,10 @@ class Session:
 
     def _settle_node(self, node: Any) -> None:
         for attribute in _saved_attributes(type(node)):
-            saved = getattr(node, f"_raw_saved_{attribute}", None)
+            try:
+                saved = getattr(node, f"_raw_saved_{attribute}", None)
+            except RuntimeError:  # of a graph that a backward pass has freed
+                return
             for one in saved if isinstance(saved, tuple) else (saved,):
                 handle = getattr(one, "data", None)
                 if isinstance(handle, Handle) and handle.pending:
@@ -372,11 +375,11 @@ class Session:
             return
         self._parameters = storages_of((*model.parameters(), *model.buffers()))
         kinds = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
-        self._norms = {
-            parameter_place(module.weight): module
-            for module in model.modules()
-            if isinstance(module, kinds) and module.weight is not None
-        }
+        self._norms = {}
+        for module in model.modules():
+            if isinstance(module, kinds) and module.weight is not None:
+                place = parameter_place(module.weight)
+                self._norms[place] = None if place in self._norms else module
 
     def _begin_forward(self, args: tuple, kwargs: dict) -> None:
         if not torch.is_grad_enabled():

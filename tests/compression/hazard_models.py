@@ -35,19 +35,21 @@ def gradients(
 
 
 def assert_right(method: str, found: list[Tensor | None], expected: list[Tensor | None]) -> None:
-    """The output, which comes first, bit for bit, and gradients as exact as the method is."""
+    """The output, which comes first, bit for bit, and gradients as exact as the method is.
+
+    A gradient that happens to be zero, as behind a norm, need only be small among the others.
+    """
     assert_same_bits(found[0], expected[0])
     if method in EXACT:
         assert_same_bits(found, expected)
         return
-    for one, other in zip(found, expected, strict=True):
-        if other is None:
-            assert one is None
-            continue
-        assert one.dtype == other.dtype
-        assert one.stride() == other.stride()
-        error = (one.double() - other.double()).norm()
-        assert error <= 0.1 * other.double().norm() + 1e-6, error / other.double().norm()
+    assert [grad is None for grad in found] == [grad is None for grad in expected]
+    pairs = [pair for pair in zip(found[1:], expected[1:], strict=True) if pair[0] is not None]
+    largest = max((grad.double().norm() for _, grad in pairs), default=0.0)
+    for grad, right in pairs:
+        assert (grad.dtype, grad.stride()) == (right.dtype, right.stride())
+        error = (grad.double() - right.double()).norm()
+        assert error <= 0.1 * right.double().norm() + 0.01 * largest
 
 
 def check(
