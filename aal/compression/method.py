@@ -26,12 +26,14 @@ class Use:
         handle: of the tensor.
         node: the node, or None for the input of a checkpoint, whose nodes come later.
         consumer: what the node needs of it.
+        attribute: the node's name for it.
     """
 
     tensor: Tensor
     handle: Handle
     node: Any
     consumer: Consumer
+    attribute: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,9 @@ class Method:
     def booleans(self) -> Codec | Keep:
         """How masks of booleans are kept."""
         return Bits()
+
+    def settled(self, session: Session, use: Use) -> None:
+        """A tensor has been kept in one way or another; its handle tells which."""
 
     def begin_forward(self, session: Session) -> None:
         """A forward pass begins."""

@@ -37,6 +37,9 @@ class Recipe(Protocol):
     def apply(self, x: Tensor) -> Tensor:
         """The value that was saved, from what ``source.restore`` returned."""
 
+    def slope(self) -> Tensor | float:
+        """Mean square of the derivative, as far as it is known without a pass over ``x``."""
+
 
 class Replay:
     """A payload without bytes of its own: a recipe."""
@@ -109,12 +112,18 @@ class _Gelu(NamedTuple):
     def apply(self, x: Tensor) -> Tensor:
         return F.gelu(x, approximate=self.approximate)
 
+    def slope(self) -> float:
+        return 0.46  # for inputs from a standard normal distribution
+
 
 class _Silu(NamedTuple):
     source: Handle
 
     def apply(self, x: Tensor) -> Tensor:
         return F.silu(x)
+
+    def slope(self) -> float:
+        return 0.36  # for inputs from a standard normal distribution
 
 
 class _LayerNorm(NamedTuple):
@@ -133,6 +142,9 @@ class _LayerNorm(NamedTuple):
             return F.layer_norm(x, self.shape, weight, bias, self.eps)
         y = (x - self.mean.restore()).mul_(self.rstd.restore()).mul_(weight)
         return y if bias is None else y.add_(bias)
+
+    def slope(self) -> Tensor:
+        return self.weight.restore().square().mean() * self.rstd.restore().square().mean()
 
 
 class _BatchNormReLU(NamedTuple):
@@ -158,6 +170,13 @@ class _BatchNormReLU(NamedTuple):
             return y if self.mask is None else y.relu_()
         y = _affine(x, parameters, self.training, self.eps, statistics)
         return y if self.mask is None else y.mul_(self.mask.restore())
+
+    def slope(self) -> Tensor:
+        rstd = self.rstd.restore()
+        if not self.training:
+            rstd = (self.running[1].restore() + self.eps).rsqrt()
+        slope = (self.weight.restore() * rstd).square().mean()
+        return slope if self.mask is None else slope / 2
 
 
 def _affine(

@@ -175,6 +175,26 @@ class Session:
         """What became of each tensor that the last forward pass saved, and why."""
         return Report(list(self._rows.values()))
 
+    @property
+    def is_innermost(self) -> bool:
+        """Is the session entered, and no other pair of saved-tensor hooks since?"""
+        top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return top is not None and getattr(top[0], "__self__", None) is self
+
+    @contextlib.contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Enter for passes that are tried out: neither the report nor the noise to come changes.
+
+        All rehearsals between two forward passes have the same noise.
+        """
+        before = self.forwards, self._rows, self._counted, self._indicator
+        self._rows, self._counted, self._indicator = {}, {}, None
+        try:
+            with self:
+                yield
+        finally:
+            self.forwards, self._rows, self._counted, self._indicator = before
+
     @contextlib.contextmanager
     def sampling(self, record: Callable[[str, Tensor], None]) -> Iterator[None]:
         """Compute Learning Indicators of what is encoded inside the ``with`` block.
@@ -218,8 +238,6 @@ class Session:
         identity = tensor.untyped_storage()._cdata
         if identity in self._parameters or _is_parameter(tensor):
             return _PARAMETER
-        if identity in self._inputs:
-            return "argument of the model"
         if tensor.numel() < self.method.smallest:
             return "small"
         if tensor.device.type == "meta":
@@ -270,7 +288,7 @@ class Session:
             return
         tensor = handle.tensor
         consumer = consumer_of(node, node.name(), attribute, tensor, handle.requires_grad)
-        self._decide(Use(tensor, handle, node, consumer))
+        self._decide(Use(tensor, handle, node, consumer, attribute))
 
     def _settle_all(self) -> None:
         for node in list(self._tips.values()):
@@ -287,13 +305,19 @@ class Session:
 
     def _decide(self, use: Use) -> None:
         need, handle = use.consumer.need, use.handle
+        if use.tensor.untyped_storage()._cdata in self._inputs:
+            self._keep(handle, use.tensor, use.consumer, "argument of the model")
+            self.method.settled(self, use)
+            return
         replayable = need is Need.VALUES or (need is Need.BIT and not self.method.masks)
         if self.method.recipes and replayable and handle.grad_fn is not None:
             recipe = recipe_of(handle.grad_fn, handle, self._norms)
             if recipe is not None:
                 self._replace(handle, use.tensor, use.consumer, Replay(recipe), handle.stride)
+                self.method.settled(self, use)
                 return
         self._apply(handle, self.method.choose(use), use.consumer)
+        self.method.settled(self, use)
 
     def _apply(self, handle: Handle, choice: Codec | Keep, consumer: Consumer) -> None:
         tensor = handle.tensor
@@ -311,7 +335,8 @@ class Session:
             salt = handle.site.state.get("salt", 0)
             place = place_of(self.seed, self.forwards, handle.site.identity, salt)
             kept, meta = choice.encode(x, Noise(self.seed, place))
-            payload = Payload(choice, kept, meta, self._own_store or self._outer or OnDevice())
+            store = self._own_store or self._outer or OnDevice()
+            payload = Payload(choice, kept, meta, store, handle.site)
             self._table.add(key, payload, tensor)
             self._replace(handle, tensor, consumer, payload, stride)
         else:
@@ -384,6 +409,7 @@ class Session:
     def _begin_forward(self, args: tuple, kwargs: dict) -> None:
         if not torch.is_grad_enabled():
             return
+        self._forget_passes()
         self.forwards += 1
         self._rows.clear()
         self._counted.clear()
@@ -393,6 +419,13 @@ class Session:
                 storage = leaf.untyped_storage()
                 self._inputs[storage._cdata] = StorageWeakRef(storage)
         self.method.begin_forward(self)
+
+    def _forget_passes(self) -> None:
+        """Settle what is left of earlier passes and let go of their nodes."""
+        self._settle_all()
+        self._visited.clear()
+        self._tips.clear()
+        self._pending = {key: own for key, own in self._pending.items() if own() is not None}
 
     def _end_forward(self, outputs: Any) -> None:
         for leaf in tree_leaves(outputs):

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from aal.compression.site import Site
+
 
 class Store(Protocol):
     """Where the tensors of payloads lie between forward and backward."""
@@ -83,19 +85,33 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 class Payload:
-    """What stands in for a tensor: immutable, shared by all nodes that saved the same elements."""
+    """What stands in for a tensor: immutable, shared by all nodes that saved the same elements.
 
-    __slots__ = ("__weakref__", "codec", "meta", "items", "store", "num_bytes", "anchor")
+    Args:
+        codec: encoded it.
+        tensors: all that the codec keeps.
+        meta: what the codec needs beside them.
+        store: keeps the tensors.
+        site: where the elements were saved first.
+    """
 
-    def __init__(self, codec: Any, tensors: tuple[Tensor, ...], meta: Any, store: Store):
-        self.codec, self.meta, self.store = codec, meta, store
+    __slots__ = ("__weakref__", "anchor", "codec", "items", "meta", "num_bytes", "site", "store")
+
+    def __init__(
+        self, codec: Any, tensors: tuple[Tensor, ...], meta: Any, store: Store, site: Site
+    ):
+        self.codec, self.meta, self.store, self.site = codec, meta, store, site
         self.num_bytes = sum(tensor.nbytes for tensor in tensors)
         self.items = [store.put(tensor) for tensor in tensors]
         self.anchor: StorageWeakRef | None = None
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the codec keeps, on its device."""
+        return tuple(self.store.get(item) for item in self.items)
+
     def decode(self) -> Tensor:
         """The tensor, or what is left of it; may be called any number of times."""
-        return self.codec.decode(tuple(self.store.get(item) for item in self.items), self.meta)
+        return self.codec.decode(self.tensors(), self.meta)
 
 
 class PayloadTable:
