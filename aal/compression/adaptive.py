@@ -15,8 +15,7 @@ from aal.ops.group_quantise import GROUP, GroupCode, rounding_variance, stored_b
 
 CHOICES = (2, 4, 8)
 _MIB = 2**20
-_SCORES_FIRST = 4  # bits of queries and keys before anything is known of them
-_SCORES_ERROR = 0.02  # variance of attention's scores that their rounding may add
+_TOLERABLE = 0.1  # variance that one site may add, over the square of the gradient
 _CLEARLY = 2 / 3  # estimates of variances are right within a factor of a few
 
 
@@ -28,9 +27,9 @@ class Adaptive(Method):
     Until the first backward pass has shown the gradients, all sites have the same, and they keep it
     where nothing else promises a variance a third lower.
 
-    Queries and keys of attention get at least 4 bits, and enough to keep the error of the scores
-    small, beyond the mean if need be: backward takes the exponential of the scores, where a coarse
-    code is no noise but an explosion.
+    Beyond the mean, if need be, queries and keys of attention get at least 4 bits, since backward
+    takes the exponential of their products, and so does every site whose rounding alone would give
+    the gradient an error of more than a tenth of its own energy.
 
     Args:
         bits: mean bits per element, side numbers (0.07) apart, from 2 to 8.
@@ -67,10 +66,10 @@ class Adaptive(Method):
         self._is_looking = False
 
     def values(self, use: Use) -> Codec | Keep:
-        first = self._first_bits()
-        if use.consumer.kind == "attention" and use.attribute in ("query", "key"):
-            first = max(first, _SCORES_FIRST)
-        return Groups(use.handle.site.state.get("bits", first), self.group)
+        state = use.handle.site.state
+        is_score = use.consumer.kind == "attention" and use.attribute in ("query", "key")
+        least = state.setdefault("least", CHOICES[1] if is_score else CHOICES[0])
+        return Groups(state.get("bits", max(self._first_bits(), least)), self.group)
 
     def begin_forward(self, session: Session) -> None:
         if self._look is not None and self._look.is_complete:
@@ -104,12 +103,16 @@ class Adaptive(Method):
     def _allocate(self, session: Session, look: Look) -> None:
         sizes = list(look.numels.values())
         bits = self.bits if self.budget is None else self._affordable(session, sizes)
-        chosen = _allocation(look.sensitivities(), sizes, bits)
-        for site, own in zip(look.numels, chosen, strict=True):
-            site.state["bits"] = own
-        for site, error in look.score_errors().items():
-            fine = (own for own in CHOICES[1:] if error / (2**own - 1) ** 2 <= _SCORES_ERROR)
-            site.state["bits"] = max(site.state["bits"], next(fine, CHOICES[-1]))
+        sensitivities, tolerable = look.sensitivities(), _TOLERABLE * look.gradient()
+        chosen = _allocation(sensitivities, sizes, bits)
+        for site, own, sensitivity in zip(look.numels, chosen, sensitivities, strict=True):
+            fine = (
+                choice
+                for choice in CHOICES
+                if choice >= site.state["least"]
+                and not sensitivity / (2**choice - 1) ** 2 > tolerable
+            )
+            site.state["bits"] = max(own, next(fine, CHOICES[-1]))
 
     def _affordable(self, session: Session, sizes: Collection[int]) -> float:
         """Mean bits per element that the budget allows."""

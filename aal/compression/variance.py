@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aal.compression.handle import Handle
 from aal.compression.method import Use
@@ -47,6 +47,7 @@ class _Observation:
     fan_in: int
     output: Tensor | None = None  # sum of squares of the gradient of the node's output
     input: Tensor | None = None  # and of its input
+    weights: Tensor | float = 0.0  # and of its parameters
     norm: _Norm | None = None
 
 
@@ -88,6 +89,8 @@ class Look:
         if kind == "norm":
             observation.norm = _norm_of(node)
 
+        parameters = _parameters_of(node) if _is_layer(observation) else ()
+
         def learn(grad_inputs: tuple[Any, ...], grad_outputs: tuple[Any, ...]) -> None:
             if grad_outputs[0] is None:
                 return
@@ -95,6 +98,7 @@ class Look:
             inputs = grad_inputs if kind == "attention" else grad_inputs[:1]
             if any(grad is not None for grad in inputs):
                 observation.input = sum(_energy(grad) for grad in inputs if grad is not None)
+            observation.weights = sum(_energy(grad_inputs[i]) for i in parameters)
             if observation.norm is not None:
                 observation.norm.learn(grad_inputs, grad_outputs[0])
 
@@ -106,19 +110,9 @@ class Look:
         """Has the backward pass been seen?"""
         return any(each.output is not None for each in self._observations)
 
-    def score_errors(self) -> dict[Site, float]:
-        """Variance, at one bit, of attention's scores, for the sites of queries and keys.
-
-        Backward takes the exponential of the scores, so it must stay well below 1. Waits for the
-        device.
-        """
-        errors = {}
-        for each in self._observations:
-            partner = _partner(each, self._observations)
-            if partner is not None and each.site is not None:
-                variance = self.variances[each.site] * each.slope / each.size.numel()
-                errors[each.site] = variance * partner.energy / partner.size.numel()
-        return {site: float(error) for site, error in errors.items()}
+    def gradient(self) -> float:
+        """Sum of squares of the gradients of all weights that were seen. Waits for the device."""
+        return float(sum(each.weights for each in self._observations))
 
     def sensitivities(self) -> list[float]:
         """Variance of the gradient at one bit, per site in the order of ``numels``.
@@ -160,6 +154,17 @@ class Look:
 
 def _is_layer(each: _Observation) -> bool:
     return each.kind in ("linear", "replay") and not each.consumer.startswith(("Bmm", "Baddbmm"))
+
+
+def _parameters_of(node: Any) -> list[int]:
+    """Which inputs of a node are parameters that learn, or transposed or cast ones."""
+    found = []
+    for i, (parent, _) in enumerate(node.next_functions):
+        while parent is not None and parent.name() in ("TBackward0", "ToCopyBackward0"):
+            parent = parent.next_functions[0][0]
+        if isinstance(getattr(parent, "variable", None), nn.Parameter):
+            found.append(i)
+    return found
 
 
 def _layer_energy(each: _Observation) -> Tensor:
