@@ -97,7 +97,7 @@ class Session:
         self._inputs: dict[int, StorageWeakRef] = {}
         self._norms: Modules = {}
         self._rows: dict[Site, Row] = {}
-        self._counted: dict[tuple, StorageWeakRef] = {}
+        self._counted: dict[tuple[int, str], StorageWeakRef] = {}
         self._indicator: Callable[[str, Tensor], None] | None = None
 
     # --------------------------------------------------------------------------------------------
@@ -344,10 +344,10 @@ class Session:
 
     def _keep(self, handle: Handle, tensor: Tensor, consumer: Consumer | None, reason: str) -> None:
         handle.keep(self._outer)
-        place = place_of_elements(tensor)[:1]
-        is_new = self._is_new(place, tensor)
-        raw = tensor.nbytes if is_new else 0
-        self._note(handle.site, consumer, "kept", None, raw, raw, reason)
+        storage = tensor.untyped_storage()  # a view holds all of it
+        raw = storage.nbytes() if self._is_new(storage, "") else 0
+        kept = storage.nbytes() if self._is_new(storage, "kept") else 0
+        self._note(handle.site, consumer, "kept", None, raw, kept, reason)
 
     def _replace(
         self,
@@ -359,8 +359,9 @@ class Session:
         is_shared: bool = False,
     ) -> None:
         handle.replace(payload, stride)
-        is_new = self._is_new(place_of_elements(tensor)[:1], tensor)
-        raw, stored = tensor.nbytes if is_new else 0, 0 if is_shared else payload.num_bytes
+        storage = tensor.untyped_storage()
+        raw = storage.nbytes() if self._is_new(storage, "") else 0
+        stored = 0 if is_shared else payload.num_bytes
         reason = "shares a payload" if is_shared else ""
         codec = payload.codec
         self._note(handle.site, consumer, str(codec), codec.bits, raw, stored, reason)
@@ -368,12 +369,13 @@ class Session:
             indicator = learning_indicator(tensor, handle.restore())
             self._indicator(str(handle.site), indicator)
 
-    def _is_new(self, place: tuple, tensor: Tensor) -> bool:
-        """Is it the first time in this forward pass that these elements are saved?"""
-        if place in self._counted:
+    def _is_new(self, storage: torch.UntypedStorage, what: str) -> bool:
+        """Is it the first time in this forward pass that something is counted of a storage?"""
+        key = storage._cdata, what
+        if key in self._counted:
             return False
         # The reference keeps the identity of the storage from being used again.
-        self._counted[place] = StorageWeakRef(tensor.untyped_storage())
+        self._counted[key] = StorageWeakRef(storage)
         return True
 
     def _note(
@@ -444,8 +446,16 @@ def _is_parameter(tensor: Tensor) -> bool:
 
 
 def _is_saved_by_checkpoint() -> bool:
-    """Is the innermost Python code behind the hook that of a checkpoint?"""
-    return any(sys._getframe(depth).f_code.co_filename.endswith(_CHECKPOINT) for depth in (2, 3))
+    """Is the innermost Python code behind the hook that of a checkpoint, and no recomputation?"""
+    frame = sys._getframe(1)
+    for _ in range(2):
+        frame = frame.f_back
+        if frame is None:  # backward in a thread of its own
+            return False
+        code = frame.f_code
+        if code.co_filename.endswith(_CHECKPOINT) and code.co_name != "backward":
+            return True
+    return False
 
 
 @functools.cache

@@ -87,6 +87,9 @@ class Sites:
                 module.register_forward_pre_hook(self._entering(name)),
                 module.register_forward_hook(self._leave, always_call=True),
             ]
+        if self.model._compiled_call_impl is not None:  # its own hooks would be compiled with it
+            self._begin((), {})
+            return
         # The model's own arguments and outputs: first of all, and last of all.
         begin = self.model.register_forward_pre_hook(
             self._begin_model, prepend=True, with_kwargs=True

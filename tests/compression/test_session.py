@@ -1,0 +1,577 @@
+"""Entering and leaving a session, among everything else that hooks, compiles or runs beside it."""
+
+import contextlib
+import copy
+import multiprocessing
+import pickle
+import random
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hazard_models import (
+    METHODS,
+    OPTIONS,
+    Block,
+    assert_right,
+    gradients,
+    resnet,
+    session_of,
+    vit,
+)
+from helpers import assert_same_bits, compiling, cotangent_of
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+import aal
+from aal.compression.handle import Handle
+from aal.compression.session import Session
+from aal.memory import saved_bytes
+
+every_method = pytest.mark.parametrize("method", METHODS)
+both_checkpoints = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not"])
+
+
+def plain(model: nn.Module, x: Tensor) -> list[Tensor]:
+    return gradients(lambda: model(x), list(model.parameters()), aal.compress("none"))
+
+
+def compressed(model: nn.Module, x: Tensor, session: Session) -> list[Tensor]:
+    return gradients(lambda: model(x), list(model.parameters()), session)
+
+
+def active_hooks() -> object:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Other hooks
+
+
+@every_method
+def test_hooks_outside_see_what_is_kept_and_what_stands_in_for_the_rest(method):
+    model, x, seen = vit(), torch.randn(2, 5, 16), []
+
+    def pack(tensor: Tensor) -> np.ndarray | Tensor:
+        assert not tensor.requires_grad
+        seen.append(tensor.nbytes)
+        return tensor.clone()
+
+    expected = plain(model, x)
+    with saved_tensors_hooks(pack, lambda packed: packed):
+        session = session_of(method, model)
+        found = compressed(model, x, session)
+    assert_right(method, found, expected)
+    assert sum(seen) >= session.report().stored_bytes * 0.99
+
+
+@every_method
+def test_save_on_cpu_outside(method):
+    model, x = vit(), torch.randn(2, 5, 16)
+    expected = plain(model, x)
+    with save_on_cpu():
+        found = compressed(model, x, session_of(method, model))
+    assert_right(method, found, expected)
+
+
+@every_method
+def test_save_on_cpu_inside(method):
+    model, x = vit(), torch.randn(2, 5, 16)
+    expected = plain(model, x)
+    inner = model[0].forward
+
+    def forward(x: Tensor) -> Tensor:
+        with save_on_cpu():
+            return inner(x)
+
+    model[0].forward = forward
+    session = session_of(method, model)
+    assert_right(method, compressed(model, x, session), expected)
+    sites = {row.site.split(".")[0].split("[")[0] for row in session.report().rows}
+    assert "1" in sites and "0" not in sites
+
+
+@every_method
+def test_two_sessions_do_not_nest(method):
+    model, x = vit(), torch.randn(2, 5, 16)
+    outer, inner = session_of(method, model), session_of("adaptive", model)
+    with outer:
+        with pytest.raises(RuntimeError, match=f"do not nest: '{method}' is active"), inner:
+            pass
+        y = model(x)
+    leaves = list(model.parameters())
+    grads = torch.autograd.grad(y, leaves, cotangent_of(y))
+    assert_right(method, [y.detach(), *grads], plain(model, x))
+    assert active_hooks() is None
+
+
+@every_method
+def test_a_session_may_be_entered_within_itself(method):
+    model, x = vit(), torch.randn(2, 5, 16)
+    session = session_of(method, model)
+    inner = model[1].forward
+
+    def forward(x: Tensor) -> Tensor:
+        with session:
+            return inner(x)
+
+    expected = plain(model, x)
+    model[1].forward = forward
+    assert_right(method, compressed(model, x, session), expected)
+    assert active_hooks() is None
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_session_inside_other_hooks_inside_itself_is_refused():
+    session = session_of("exact")
+    with session, save_on_cpu(), pytest.raises(RuntimeError, match="innermost"), session:
+        pass
+    assert active_hooks() is None
+
+
+def test_a_region_without_hooks_says_so():
+    model, x = vit(), torch.randn(2, 5, 16)
+    session = session_of("adaptive", model)
+    message = "no hooks here"
+    with torch.autograd.graph.disable_saved_tensors_hooks(message):
+        with pytest.raises(RuntimeError, match=message), session:
+            model(x)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    with session, pytest.raises(RuntimeError, match=message):
+        with torch.autograd.graph.disable_saved_tensors_hooks(message):
+            model(x)
+    assert active_hooks() is None
+    assert_right("adaptive", compressed(model, x, session), plain(model, x))
+
+
+@every_method
+def test_transforms_of_functions_are_refused_by_pytorch(method):
+    model, x = vit(), torch.randn(2, 5, 16)
+    session = session_of(method, model)
+    with pytest.raises(RuntimeError, match="saved tensor hooks"), session:
+        torch.func.grad(lambda x: model(x).sum())(x)
+    assert active_hooks() is None
+    assert_right(method, compressed(model, x, session), plain(model, x))
+
+
+@every_method
+def test_vmap_inside_the_model(method):
+    weights, x = torch.randn(4, 16, 3, requires_grad=True), torch.randn(5, 16, requires_grad=True)
+
+    def forward() -> Tensor:
+        return torch.vmap(lambda w: ((x * 2) @ w).sin())(weights).exp()
+
+    expected = gradients(forward, [weights, x], aal.compress("none"))
+    assert_right(method, gradients(forward, [weights, x], session_of(method)), expected)
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+class Checkpointed(nn.Module):
+    """A model of which some parts are checkpointed."""
+
+    def __init__(self, parts: nn.Sequential, which: set[int], reentrant: bool):
+        super().__init__()
+        self.parts, self.which, self.reentrant = parts, which, reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.boundaries = []
+        for i, part in enumerate(self.parts):
+            if i in self.which:
+                self.boundaries.append(x.untyped_storage()._weak_ref())
+                x = checkpoint(part, x, use_reentrant=self.reentrant)
+            else:
+                x = part(x)
+        return x
+
+
+def is_freed(boundary: int) -> bool:
+    found = torch.UntypedStorage._new_with_weak_ptr(boundary)
+    return found is None
+
+
+@both_checkpoints
+@every_method
+def test_boundaries_of_checkpoints_are_compressed(method, reentrant):
+    parts = nn.Sequential(nn.Linear(16, 16), Block(dropout=0.2), Block(dropout=0.2), nn.Tanh())
+    model, x = Checkpointed(parts, {1, 2}, reentrant), torch.randn(2, 5, 16)
+    expected = plain(model, x)
+    session = session_of(method, model)
+    assert_right(method, compressed(model, x, session), expected)
+    rows = [row for row in session.report().rows if row.consumer == "checkpoint"]
+    assert [row.codec for row in rows] == ["groups" if method == "adaptive" else "kept"] * 2
+    with session:
+        y = model(x)
+    freed = [is_freed(boundary) for boundary in model.boundaries]
+    assert y.requires_grad and freed == [method == "adaptive"] * 2
+
+
+@both_checkpoints
+@every_method
+@pytest.mark.parametrize("backward", ["inside", "outside"])
+def test_backward_through_checkpoints(method, backward, reentrant):
+    parts = nn.Sequential(nn.Linear(16, 16), Block(dropout=0.2), Block(dropout=0.2), nn.Tanh())
+    model, x = Checkpointed(parts, {1, 2}, reentrant), torch.randn(2, 5, 16)
+    expected, leaves = plain(model, x), list(model.parameters())
+    torch.manual_seed(3)
+    with session_of(method, model):
+        y = model(x)
+        if backward == "inside":
+            y.backward(cotangent_of(y))
+    if backward == "outside":
+        y.backward(cotangent_of(y))
+    assert_right(method, [y.detach(), *(leaf.grad for leaf in leaves)], expected)
+
+
+@both_checkpoints
+@pytest.mark.parametrize(
+    "region", [torch.relu, nn.MaxPool2d(2), nn.ReLU(), nn.AvgPool2d(2)], ids=str
+)
+@pytest.mark.parametrize("backward", ["inside", "outside"])
+def test_a_boundary_is_no_mask_whatever_the_region_does_first(region, reentrant, backward):
+    conv = nn.Conv2d(3, 4, 3)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = conv
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.relu(self.conv(x) * 1)
+            return checkpoint(
+                lambda h: region(h * 3).square() if backward == "outside" else region(h).square(),
+                h,
+                use_reentrant=reentrant,
+            )
+
+    model, x = Net(), torch.randn(2, 3, 8, 8)
+    expected = plain(model, x)
+    with session_of("adaptive", model):
+        y = model(x)
+        if backward == "inside":
+            y.backward(cotangent_of(y))
+    if backward == "outside":
+        y.backward(cotangent_of(y))
+    assert_right("adaptive", [y.detach(), *(p.grad for p in model.parameters())], expected)
+
+
+@both_checkpoints
+@pytest.mark.parametrize("region", [torch.relu, F.relu, nn.ReLU()], ids=["C", "Python", "module"])
+def test_what_a_checkpoint_computes_again_is_no_boundary(region, reentrant):
+    session, encoded, x = session_of("adaptive"), [], torch.randn(40, 9, requires_grad=True)
+    with session, session.sampling(lambda site, _: encoded.append(site)):
+        checkpoint(region, x * 1, use_reentrant=reentrant).sum().backward()
+    assert len(encoded) == 1
+
+
+@both_checkpoints
+@every_method
+def test_a_session_inside_a_checkpoint(method, reentrant):
+    block, x = Block(dropout=0.2), torch.randn(2, 5, 16, requires_grad=True)
+    session, leaves = session_of(method, block), [x, *block.parameters()]
+
+    def run(session) -> list[Tensor]:
+        def region(x: Tensor) -> Tensor:
+            with session:
+                return block(x)
+
+        torch.manual_seed(3)
+        y = checkpoint(region, x * 1, use_reentrant=reentrant)
+        y.backward(cotangent_of(y))
+        found = [y.detach(), *(leaf.grad for leaf in leaves)]
+        for leaf in leaves:
+            leaf.grad = None
+        return found
+
+    assert_right(method, run(session), run(aal.compress("none")))
+    assert active_hooks() is None
+
+
+# --------------------------------------------------------------------------------------------------
+# Random numbers
+
+
+@pytest.mark.parametrize("method", ["none", *METHODS])
+def test_nobodys_random_state_is_touched(method):
+    model, x = vit(0.1), torch.randn(2, 5, 16)
+
+    def state() -> tuple:
+        numbers = np.random.get_state()
+        return random.getstate(), numbers[1].tolist(), numbers[2:], torch.get_rng_state().tolist()
+
+    def step(session) -> tuple:
+        torch.manual_seed(5)
+        with session:
+            y = model(x)
+        y.sum().backward()
+        session.step()
+        return state()
+
+    class Plain(contextlib.nullcontext):
+        def step(self) -> None: ...
+
+    assert step(session_of(method, model)) == step(Plain())
+
+
+@every_method
+def test_the_same_seed_gives_the_same_gradients(method):
+    model, xs = vit(0.1), torch.randn(3, 2, 5, 16)
+
+    def steps(seed: int) -> list[Tensor]:
+        session = session_of(method, model, seed=seed)
+        found = []
+        for x in xs:
+            found += compressed(model, x, session)
+            session.step()
+        return found
+
+    assert_same_bits(steps(0), steps(0))
+    others = zip(steps(0), steps(1), strict=True)
+    assert all(torch.equal(one, other) for one, other in others) == (method == "exact")
+
+
+def test_every_pass_rounds_anew():
+    model, x = vit(), torch.randn(2, 5, 16)
+    session = session_of("adaptive", model)
+    first, second = compressed(model, x, session), compressed(model, x, session)
+    assert not all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("build", [vit, resnet])
+def test_the_off_switch_is_plain_pytorch(build):
+    model = build()
+    x = torch.randn(2, 5, 16) if build is vit else torch.randn(2, 3, 16, 16)
+    other, session = copy.deepcopy(model), aal.compress("none", model=model)
+    torch.manual_seed(3)
+    y = other(x)
+    expected = torch.autograd.grad(y, list(other.parameters()), cotangent_of(y))
+    state = torch.get_rng_state()
+    assert_same_bits(compressed(model, x, session), [y.detach(), *expected])
+    assert_same_bits(torch.get_rng_state(), state)
+    assert_same_bits(model.state_dict(), other.state_dict())
+    with session:
+        assert active_hooks() is None
+    assert session.report().rows == []
+
+
+# --------------------------------------------------------------------------------------------------
+# Passes without gradients, copies, threads and processes
+
+
+@every_method
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_passes_without_gradients_change_nothing(method, mode):
+    model, x = vit(), torch.randn(2, 5, 16)
+    session = session_of(method, model)
+    compressed(model, x, session)
+    before, forwards = str(session.report()), session.forwards
+    model.eval()
+    with session, mode():
+        assert_same_bits(model(torch.randn(3, 4, 16)).shape, (3, 4, 5))
+    assert str(session.report()) == before
+    assert session.forwards == forwards
+
+
+@every_method
+def test_no_hook_stays_on_the_model(method):
+    model, x = vit(), torch.randn(2, 5, 16)
+    compressed(model, x, session_of(method, model))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_same_bits(plain(twin, x), plain(model, x))
+        for module in twin.modules():
+            assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+@every_method
+def test_a_copy_made_inside_works_outside(method):
+    model, x = vit(), torch.randn(2, 5, 16)
+    with session_of(method, model):
+        twin = copy.deepcopy(model)
+    assert_same_bits(plain(twin, x), plain(model, x))
+
+
+@every_method
+def test_other_threads_are_not_compressed(method):
+    model, other, x = vit(), nn.Linear(16, 3), torch.randn(5, 16)
+    session, found = session_of(method, model), {}
+
+    def work() -> None:
+        y = other(x)
+        found["handles"] = isinstance(y.grad_fn._raw_saved_mat1.data, Handle)
+        found["grads"] = torch.autograd.grad(y, list(other.parameters()), cotangent_of(y))
+
+    with session:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    y = other(x)
+    assert not found["handles"]
+    assert_same_bits(
+        found["grads"], torch.autograd.grad(y, list(other.parameters()), cotangent_of(y))
+    )
+
+
+@every_method
+def test_threads_with_sessions_of_their_own(method):
+    x, failures = torch.randn(2, 5, 16), []
+    models = [vit() for _ in range(3)]
+    expected = [plain(model, x) for model in models]
+
+    def work(number: int) -> None:
+        session, model = session_of(method, models[number]), models[number]
+        for _ in range(5):
+            with session:
+                y = model(x)
+            grads = torch.autograd.grad(y, list(model.parameters()), cotangent_of(y))
+            try:
+                assert_right(method, [y.detach(), *grads], expected[number])
+            except AssertionError as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+@every_method
+def test_forward_in_one_thread_and_backward_in_another(method):
+    model, x, found = vit(), torch.randn(2, 5, 16), []
+    leaves = list(model.parameters())
+    with session_of(method, model):
+        y = model(x)
+    thread = threading.Thread(
+        target=lambda: found.extend(torch.autograd.grad(y, leaves, cotangent_of(y)))
+    )
+    thread.start()
+    thread.join()
+    assert_right(method, [y.detach(), *found], plain(model, x))
+
+
+def _train_as_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    torch.manual_seed(0)
+    model, x = nn.parallel.DistributedDataParallel(vit()), torch.randn(2, 4, 5, 16)[rank]
+    for method in METHODS:
+        session = session_of(method, model)
+        for _ in range(2):
+            model.zero_grad()
+            with session:
+                y = model(x)
+            y.square().mean().backward()
+            session.step()
+        torch.save((session.seed, [p.grad for p in model.parameters()]), f"{folder}/{method}{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_distributed_data_parallel(tmp_path: Path):
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=_train_as_rank, args=(rank, str(tmp_path))) for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    torch.manual_seed(0)
+    model = vit()
+    y = model(torch.randn(2, 4, 5, 16).flatten(0, 1))
+    y.square().mean().backward()
+    expected = [p.grad for p in model.parameters()]
+    for method in METHODS:
+        (seed, found), (other_seed, others) = (
+            torch.load(tmp_path / f"{method}{rank}") for rank in range(2)
+        )
+        assert seed != other_seed
+        assert_same_bits(found, others)
+        if method == "exact":
+            torch.testing.assert_close(found, expected)
+        else:
+            assert_right(method, [y.detach(), *found], [y.detach(), *expected])
+
+
+# --------------------------------------------------------------------------------------------------
+# Compilers
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@compiling
+@every_method
+@pytest.mark.parametrize("how", ["torch.compile", "in place"])
+@pytest.mark.parametrize("region", ["block", "model"])
+def test_compiled_regions(method, region, how, fresh_compiler):
+    model, x = vit(), torch.randn(2, 5, 16)
+    expected, leaves = plain(model, x), list(model.parameters())
+    target = model[0] if region == "block" else model
+    if how == "in place":
+        target.compile(backend="aot_eager", fullgraph=True)
+    elif region == "block":
+        model[0] = torch.compile(model[0], backend="aot_eager", fullgraph=True)
+    else:
+        model = torch.compile(model, backend="aot_eager", fullgraph=True)
+    session = session_of(method, model)
+    for _ in range(3):
+        found = gradients(lambda: model(x), leaves, session)
+        for one, other in zip(found, expected, strict=True):
+            tolerance = 1e-5 if method == "exact" else 0.1
+            assert (one - other).norm() <= tolerance * other.norm() + tolerance
+    assert session.report().rows
+    assert session.forwards == 3
+
+
+@compiling
+def test_a_session_cannot_be_entered_inside_a_compiled_function(fresh_compiler):
+    model, session = vit(), session_of("adaptive")
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(x: Tensor) -> Tensor:
+        with session:
+            return model(x)
+
+    with pytest.raises(Exception, match="compile the model, or blocks of it|with.*context"):
+        step(torch.randn(2, 5, 16))
+    assert active_hooks() is None
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("build", [vit, resnet])
+def test_saved_memory_is_what_the_report_says(build, method):
+    model = build()
+    x = torch.randn(8, 16, 16) if build is vit else torch.randn(8, 3, 32, 32)
+    session = session_of(method, model)
+
+    def forward(x: Tensor) -> Tensor:
+        with session:
+            return model(x)
+
+    before, after = (saved_bytes(lambda f=f: f(x)) for f in (model, forward))
+    assert after < before * (0.9 if method == "exact" else 0.5)
+    report = session.report()
+    assert after == pytest.approx(report.stored_bytes, rel=0.1)
+    assert before == pytest.approx(report.raw_bytes, rel=0.1)
+
+
+def test_options_of_this_file_are_methods():
+    assert set(METHODS) == set(OPTIONS)
