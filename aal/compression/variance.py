@@ -98,7 +98,8 @@ class Look:
             inputs = grad_inputs if kind == "attention" else grad_inputs[:1]
             if any(grad is not None for grad in inputs):
                 observation.input = sum(_energy(grad) for grad in inputs if grad is not None)
-            observation.weights = sum(_energy(grad_inputs[i]) for i in parameters)
+            grads = [grad_inputs[i] for i in parameters]  # None where nobody asked for one
+            observation.weights = sum(_energy(grad) for grad in grads if grad is not None)
             if observation.norm is not None:
                 observation.norm.learn(grad_inputs, grad_outputs[0])
 
@@ -212,7 +213,7 @@ def _fan_in(use: Use) -> int:
         return weight.size[1:].numel() if isinstance(weight, Handle) else size[1]
     if use.attribute == "mat2":
         return size[0]
-    return size[1] if len(size) > 3 else size[-1]
+    return size[1] if len(size) > 3 else size[-1] if size else 1
 
 
 @dataclass

@@ -16,6 +16,7 @@ from aal.compression.session import Session
 OPTIONS = {"adaptive": {"bits": 8}, "exact": {}}
 METHODS = list(OPTIONS)
 EXACT = ("exact",)
+STEPS = 3  # so many that a method uses what it has learned
 
 
 def session_of(method: str, model: nn.Module | None = None, **options) -> Session:
@@ -59,26 +60,31 @@ def assert_right(method: str, found: list[Tensor | None], expected: list[Tensor 
 def check(
     method: str, forward: Callable[[], Tensor], leaves: Iterable[Tensor], model=None
 ) -> Session:
-    """Compare gradients with those of plain PyTorch; returns the session."""
+    """Compare gradients of some steps with those of plain PyTorch; returns the session."""
     leaves = list(leaves)
     expected = gradients(forward, leaves, aal.compress("none"))
     session = session_of(method, model)
-    assert_right(method, gradients(forward, leaves, session), expected)
+    for _ in range(STEPS):
+        assert_right(method, gradients(forward, leaves, session), expected)
+        session.step()
     return session
 
 
 def check_model(method: str, model: nn.Module, x: Tensor, **options) -> Session:
-    """Compare gradients of a model with those of plain PyTorch, and what it does to buffers."""
+    """Compare gradients and buffers of a model after some steps with those of plain PyTorch."""
     x = x.detach().requires_grad_(x.is_floating_point())
-    plain = copy.deepcopy(model)
+    twin = copy.deepcopy(model)
     session = session_of(method, model, **options)
-    found = {}
-    for name, own, entered in (("plain", plain, aal.compress("none")), ("ours", model, session)):
-        leaves = [p for p in own.parameters() if p.requires_grad]
-        found[name] = gradients(lambda own=own: own(x), [x, *leaves], entered)
-    assert_right(method, found["ours"], found["plain"])
-    assert_same_bits(dict(model.named_buffers()), dict(plain.named_buffers()))
+    for _ in range(STEPS):
+        expected = gradients(lambda: twin(x), [x, *_learning(twin)], aal.compress("none"))
+        assert_right(method, gradients(lambda: model(x), [x, *_learning(model)], session), expected)
+        assert_same_bits(dict(model.named_buffers()), dict(twin.named_buffers()))
+        session.step()
     return session
+
+
+def _learning(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def codecs(session: Session) -> set[str]:
