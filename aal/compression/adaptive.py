@@ -101,18 +101,15 @@ class Adaptive(Method):
         return max(choice for choice in CHOICES if choice <= self.bits)
 
     def _allocate(self, session: Session, look: Look) -> None:
-        sizes = list(look.numels.values())
+        sites, sizes = list(look.numels), list(look.numels.values())
         bits = self.bits if self.budget is None else self._affordable(session, sizes)
         sensitivities, tolerable = look.sensitivities(), _TOLERABLE * look.gradient()
-        chosen = _allocation(sensitivities, sizes, bits)
-        for site, own, sensitivity in zip(look.numels, chosen, sensitivities, strict=True):
-            fine = (
-                choice
-                for choice in CHOICES
-                if choice >= site.state["least"]
-                and not sensitivity / (2**choice - 1) ** 2 > tolerable
-            )
-            site.state["bits"] = max(own, next(fine, CHOICES[-1]))
+        least = [
+            _least_bits(site.state["least"], sensitivity, tolerable)
+            for site, sensitivity in zip(sites, sensitivities, strict=True)
+        ]
+        for site, own in zip(sites, _allocation(sensitivities, sizes, least, bits), strict=True):
+            site.state["bits"] = own
 
     def _affordable(self, session: Session, sizes: Collection[int]) -> float:
         """Mean bits per element that the budget allows."""
@@ -131,8 +128,41 @@ class Adaptive(Method):
         return min(bits, CHOICES[-1])
 
 
-def _allocation(sensitivities: list[float], sizes: list[int], bits: float) -> list[int]:
-    """The bits of each site: the same for all, unless others are clearly better."""
+def _least_bits(least: int, sensitivity: float, tolerable: float) -> int:
+    """The fewest bits, not below ``least``, whose share of the variance is tolerable."""
+    for bits in CHOICES:
+        if bits >= least and not sensitivity / (2**bits - 1) ** 2 > tolerable:  # NaN is
+            return bits
+    return CHOICES[-1]
+
+
+def _allocation(
+    sensitivities: list[float], sizes: list[int], least: list[int], bits: float
+) -> list[int]:
+    """The bits of each site. Those that would get less than their least have it, and the rest
+    shares what is left, but for ``CHOICES[0]`` bits that everybody gets.
+    """
+    result = [0] * len(sizes)
+    left, free = bits * sum(sizes), list(range(len(sizes)))
+    while free:
+        own_sizes = [sizes[i] for i in free]
+        mean = max(left / sum(own_sizes), CHOICES[0])
+        for i, own in zip(
+            free, _evened([sensitivities[i] for i in free], own_sizes, mean), strict=True
+        ):
+            result[i] = own
+        short = [i for i in free if result[i] < least[i]]
+        if not short:
+            break
+        for i in short:
+            result[i] = least[i]
+            left -= least[i] * sizes[i]
+            free.remove(i)
+    return result
+
+
+def _evened(sensitivities: list[float], sizes: list[int], bits: float) -> list[int]:
+    """The best bits of each site, or the same for all if that is not clearly worse."""
     chosen = allocate_bits(sensitivities, sizes, bits, CHOICES)
     same = max(choice for choice in CHOICES if choice <= bits)
     if same < bits:
