@@ -205,7 +205,7 @@ class ActNN(Method):
         return means
 
     def _fewest(self, look: _Look) -> int:
-        return _FEWEST if look.is_layer or self.faithful else min(_FEWEST_ELSEWHERE, self.bits)
+        return _FEWEST if look.is_layer or self.faithful else min(_FEWEST_ELSEWHERE, int(self.bits))
 
     def _solve(
         self, sensitivities: list[float], sizes: list[int], mean_bits: float, fewest: int

@@ -165,6 +165,8 @@ def consumer_of(
     """
     if (kind := name.removesuffix("0").removesuffix("Backward")).startswith(_LOSSES):
         return Consumer(name, Need.EXACT, "part of a loss")
+    if name == "ConvolutionBackward0" and attribute == "input" and _is_frozen(node):
+        return Consumer(name, Need.SHAPE, "shape")
     if _BITS.get(name) == attribute:
         return Consumer(name, Need.BIT, "sign")
     if _SHAPES.get(name) == attribute:
@@ -189,6 +191,11 @@ def consumer_of(
     if requires_grad:
         return Consumer(name, Need.VALUES, "other")
     return Consumer(name, Need.EXACT, f"unknown to {name}")
+
+
+def _is_frozen(node: Any) -> bool:
+    """Does a convolution's weight need no gradient? Its input is saved in any case."""
+    return node.next_functions[1][0] is None
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,8 @@ def to_finite(x: Tensor, dtype: torch.dtype) -> Tensor:
     Ends that were rounded outward may lie beyond the largest number of half precision.
     """
     finite = torch.finfo(dtype)
+    if finite.max > torch.finfo(x.dtype).max:
+        return x.to(dtype)
     return x.clamp_(finite.min, finite.max).to(dtype)
 
 

@@ -185,3 +185,23 @@ LOOKING = {
 @pytest.mark.parametrize("name", LOOKING)
 def test_what_is_compared_or_divided_by_stays_exact(name):
     assert_exact(LOOKING[name], torch.randn(4, 12))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("transposed", [False, True], ids=["convolution", "transposed"])
+def test_a_frozen_convolution_needs_no_values(transposed, method):
+    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
+    layer = kind(3, 4, 3, stride=2).requires_grad_(False)
+    found = assert_exact(layer, torch.randn(2, 3, 9, 9), method)
+    assert "shape" in found and found <= {"shape", "kept"}
+
+
+def test_a_frozen_convolution_is_differentiated_twice():
+    layer = nn.Conv2d(3, 4, 3).requires_grad_(False)
+    x = torch.randn(2, 3, 9, 9, requires_grad=True)
+    model, found = Of(lambda h: layer(h).square()), []
+    for method in ("none", "exact"):
+        with aal.compress(method, model=model, smallest=1):
+            (grad,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), x))
+    assert_same_bits(found[1], found[0])

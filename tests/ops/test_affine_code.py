@@ -69,3 +69,9 @@ def test_decoded_numbers_are_finite():
     codes = torch.tensor([0, 255], dtype=torch.uint8)
     low, step = side_numbers(torch.tensor([-65504.0]), torch.tensor([65504.0]), 255, torch.bfloat16)
     assert decode_affine(codes, low, step, torch.float16).tolist() == [-65504.0, 65504.0]
+
+
+def test_double_precision_is_decoded_too():
+    codes, low = torch.tensor([0, 255], dtype=torch.uint8), torch.tensor([-1.0])
+    x = decode_affine(codes, low, torch.tensor([0.5]), torch.float64)
+    assert x.dtype == torch.float64 and x.tolist() == [-1.0, 126.5]
