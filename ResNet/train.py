@@ -55,14 +55,11 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
         "--gcp and exact otherwise",
     )
     parser.add_switch("--gcp", help="compute 1x1 convolutions and the stem twice as well")
-    parser.add_switch("--actnn", help="not available yet")
     add_arguments(parser, test_batch_size=512)
     add_image_recipe_flags(
         parser, RECIPE_FLAGS, {"ResNets": RECIPE}, schedulers=tuple(WARMUP_SHARE)
     )
     args = parser.parse_args(arguments)
-    if args.actnn:
-        raise UserError("--actnn is not available yet; leave it out (--gcp saves memory exactly)")
     if "ARA_stride" not in args:
         args.ARA_stride = list(DEFAULT_ARA_STRIDE)
     elif args.learning_rule == "bp":

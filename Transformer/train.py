@@ -71,13 +71,10 @@ USUAL_TEXTS |= {"beam": 4, "length_penalty": 0.6}
 INERT = {"bpe": "min_freq", "words": "vocab_size"}  # by tokeniser
 MAX_BEAM, MAX_LENGTH_PENALTY = 1000, 10
 _EVERY_EPOCH = "is gone; every epoch is recorded in metrics.jsonl, and its state in last.pth"
-_NOT_YET = "is not available yet; leave it out (--lean and --gcp save memory)"
 REJECTED = {
     "--enable-tensorboard": "is gone; metrics.jsonl always records the run",
     "--console-log-freq": _EVERY_EPOCH,
     "--checkpoint-freq": _EVERY_EPOCH,
-    "--mesa": _NOT_YET,
-    "--mesa-policy": _NOT_YET,
 }
 
 

@@ -61,6 +61,9 @@ class Translation:
     def split(self, batch: _Pairs, count: int) -> Sequence[_Pairs]:
         return [_Pairs(*part) for part in zip(*(t.chunk(count) for t in batch), strict=True)]
 
+    def first(self, batch: _Pairs, count: int) -> _Pairs:
+        return _Pairs(*(tensor[:count] for tensor in batch))
+
     def weight(self, batch: _Pairs) -> int:
         return int(batch.counts.sum())
 

@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from math import nan
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +37,13 @@ def learning_indicator(h: Tensor, r: Tensor, *, start_dim: int = 1) -> Tensor:
     return (r * (2 * h - r)).sum(dims) / (h.square().sum(dims) + 1e-6)
 
 
+class Sampled(Protocol):
+    """A compressor of what autograd saves (``aal.compression.session.Session``)."""
+
+    def sampling(self, record: Callable[[str, Tensor], None]) -> AbstractContextManager:
+        """Give ``record`` the name of each place that is compressed, and indicators (N, ...)."""
+
+
 class IndicatorRecorder:
     """Collects Learning Indicators of a model's auxiliary layers, on the steps that it is asked to.
 
@@ -59,40 +68,53 @@ class IndicatorRecorder:
             self.layers = {name: m for name, m in modules.items() if isinstance(m, kinds)}
         if not self.layers:
             raise ValueError("no layer has a weight gradient, so there is nothing to record")
-        self._raw: dict[str, list[Tensor]] = {name: [] for name in self.layers}
-        self._scaled: dict[str, list[Tensor]] = {name: [] for name in self.layers}
+        self._names: list[str] = []  # of the rows of ``take``, which only grow in number
+        self._values: dict[str, list[Tensor]] = {}  # each (2, samples): raw, and scaled
+
+    def resume(self, names: Iterable[str]) -> None:
+        """Continue rows of an earlier run: ``take`` begins with these, whatever is recorded."""
+        self._names = list(names)
 
     @contextlib.contextmanager
-    def sampling(self) -> Iterator[None]:
-        """Record the forward passes inside the ``with`` block that autograd records."""
-        if self._is_exact:
-            for values in (*self._raw.values(), *self._scaled.values()):
-                values.append(torch.ones(1))
-            yield
-            return
-        for name, layer in self.layers.items():
-            layer.observer = functools.partial(self._record, name, layer)
-        try:
-            yield
-        finally:
-            for layer in self.layers.values():
-                layer.observer = None
+    def sampling(self, compression: Sampled | None = None) -> Iterator[None]:
+        """Record the forward passes inside the ``with`` block that autograd records.
 
-    def take(self) -> Tensor:
+        Args:
+            compression: the places that it keeps approximately are recorded too. Where no layer
+                has a rule, they take the place of the indicators of 1.
+        """
+        with contextlib.ExitStack() as stack:
+            if compression is not None:
+                stack.enter_context(compression.sampling(self._record_place))
+            for name, layer in self.layers.items():
+                if self._is_exact:
+                    self._add(name, torch.ones(1), torch.ones(1))
+                    continue
+                layer.observer = functools.partial(self._record, name, layer)
+                stack.callback(setattr, layer, "observer", None)
+            yield
+
+    def take(self, gather: Callable[[Any], Sequence[Any]] = lambda own: [own]) -> Tensor:
         """Return what was recorded since the last call, and forget it.
+
+        Args:
+            gather: makes a list of one value from every process.
 
         Returns:
             (2, layers, samples) float32: the indicator of the auxiliary activation, as the paper
-            plots it, and of the same enlarged by ``lr_expansion``, as the update uses it. A layer
-            that gave fewer samples than another has NaN behind them.
+            plots it, and of the same enlarged by ``lr_expansion``, as the update uses it. Behind
+            the layers come the places of the compressor, in the order in which they were first
+            seen. A layer that gave fewer samples than another has NaN behind them.
         """
-        both = []
-        for values in (self._raw, self._scaled):
-            rows = [torch.cat([*parts, torch.empty(0)]) for parts in values.values()]
-            both.append(nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=nan))
-            for parts in values.values():
-                parts.clear()
-        return torch.stack(both)
+        own, self._values = self._values, {}
+        found: dict[str, list[Tensor]] = {}
+        for values in gather(own):
+            for name, parts in values.items():
+                found.setdefault(name, []).extend(parts)
+        self._add_names(found)
+        nothing = torch.empty(2, 0)
+        rows = [torch.cat([nothing, *found.get(name, ())], dim=1).T for name in self._names]
+        return nn.utils.rnn.pad_sequence(rows, padding_value=nan).permute(2, 1, 0).contiguous()
 
     def summary(self, values: Tensor) -> dict[str, dict[str, float | None]]:
         """Per layer, of what ``take`` returned: median, 5 % quantile and share above 0.
@@ -101,15 +123,29 @@ class IndicatorRecorder:
         """
         return {
             name: _statistics(raw[~raw.isnan()], scaled[~scaled.isnan()])
-            for name, raw, scaled in zip(self.layers, *values.cpu(), strict=True)
+            for name, raw, scaled in zip(self._names, *values.cpu(), strict=True)
         }
+
+    def _add_names(self, found: Iterable[str]) -> None:
+        """Make room for what was recorded for the first time."""
+        places = [name for name in found if name not in self.layers]
+        if not self._names:
+            self._names = [] if self._is_exact and places else list(self.layers)
+        self._names += [name for name in places if name not in self._names]
 
     @torch.no_grad()
     def _record(self, name: str, layer: nn.Module, *inputs: Tensor) -> None:
         h, r, gain = layer.auxiliary(*inputs)
-        for values, stand_in in ((self._raw, r), (self._scaled, gain * r)):
-            indicator = learning_indicator(h, stand_in, start_dim=-layer.auxiliary_dims)
-            values[name].append(_thinned(indicator.float().flatten()).cpu())
+        dims = -layer.auxiliary_dims
+        raw, scaled = (learning_indicator(h, x, start_dim=dims) for x in (r, gain * r))
+        self._add(name, raw, scaled)
+
+    def _record_place(self, name: str, indicator: Tensor) -> None:
+        self._add(name, indicator, indicator)
+
+    def _add(self, name: str, raw: Tensor, scaled: Tensor) -> None:
+        pair = [_thinned(values.float().flatten()) for values in (raw, scaled)]
+        self._values.setdefault(name, []).append(torch.stack(pair).cpu())
 
 
 def _thinned(values: Tensor) -> Tensor:

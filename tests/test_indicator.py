@@ -1,6 +1,8 @@
 """The Learning Indicator: closed form, bounds and axes."""
 
+import contextlib
 import copy
+from math import nan
 
 import pytest
 import torch
@@ -140,6 +142,71 @@ def test_backpropagation_stands_in_for_itself():
 def test_recorder_needs_a_layer_with_a_weight_gradient():
     with pytest.raises(ValueError, match="no layer has a weight gradient"):
         IndicatorRecorder(nn.ReLU())
+
+
+class Places:
+    """A compressor that keeps some places approximately."""
+
+    def __init__(self, **values: Tensor):
+        self.values = values
+
+    @contextlib.contextmanager
+    def sampling(self, record):
+        for name, indicators in self.values.items():
+            record(name, indicators)
+        yield
+
+
+def _take(recorder: IndicatorRecorder, *places: Places, gather=lambda own: [own]) -> tuple:
+    """Rows and their names, of sampled steps of a forward pass each."""
+    for each in places:
+        with recorder.sampling(each):
+            next(iter(recorder.layers.values()))(torch.randn(2, 4))
+    values = recorder.take(gather)
+    return list(recorder.summary(values)), values
+
+
+def test_places_of_a_compressor_are_recorded_behind_the_layers():
+    recorder = IndicatorRecorder(nn.Sequential(LinearASA(4, 4), nn.Linear(4, 4)))
+    indicators = torch.rand(3, 2, dtype=torch.bfloat16)
+    names, values = _take(recorder, Places(a=indicators, b=torch.rand(5000)), Places(c=indicators))
+    assert names == ["0", "a", "b", "c"] and values.dtype == torch.float32
+    assert (~values.isnan()).sum(2).tolist() == [[4, 6, 512, 6]] * 2
+    assert_same_bits(values[:, 1, :6], indicators.float().flatten().expand(2, 6))
+
+
+def test_places_of_a_compressor_take_the_place_of_backpropagation():
+    recorder = IndicatorRecorder(nn.Linear(4, 4))
+    names, values = _take(recorder, Places(), Places(a=torch.tensor([0.5])))
+    assert names == ["a"] and values.tolist() == [[[0.5]]] * 2
+    names, values = _take(recorder, Places())
+    assert names == ["a"] and values.isnan().all()
+
+
+def test_rows_stay_where_they_are():
+    recorder = IndicatorRecorder(nn.Sequential(nn.Linear(4, 4)))
+    one = torch.ones(1)
+    assert _take(recorder, Places())[0] == ["0"]
+    assert _take(recorder, Places(b=one))[0] == ["0", "b"]
+    names, values = _take(recorder, Places(a=2 * one))
+    assert names == ["0", "b", "a"]
+    torch.testing.assert_close(values[0, :, 0], torch.tensor([1, nan, 2]), equal_nan=True)
+    resumed = IndicatorRecorder(nn.Sequential(nn.Linear(4, 4)))
+    resumed.resume(names)
+    names, values = _take(resumed, Places(c=one, a=2 * one))
+    assert names == ["0", "b", "a", "c"]
+    torch.testing.assert_close(values[0, :, 0], torch.tensor([1, nan, 2, 1]), equal_nan=True)
+
+
+def test_rows_of_all_processes_are_joined():
+    """Each may have met other places."""
+    both = []
+    for places in (Places(a=torch.ones(2)), Places(b=torch.zeros(1), a=torch.zeros(3))):
+        _take(IndicatorRecorder(nn.Linear(4, 4)), places, gather=lambda own: [both.append(own)][:0])
+    names, values = _take(IndicatorRecorder(nn.Linear(4, 4)), gather=lambda own: both)
+    assert names == ["a", "b"]
+    expected = torch.tensor([[1, 1, 0, 0, 0], [0, nan, nan, nan, nan]])
+    torch.testing.assert_close(values, expected.expand(2, 2, 5), equal_nan=True)
 
 
 CHAINS = {

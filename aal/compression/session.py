@@ -238,7 +238,7 @@ class Session:
         identity = tensor.untyped_storage()._cdata
         if identity in self._parameters or _is_parameter(tensor):
             return _PARAMETER
-        if tensor.numel() < self.method.smallest:
+        if tensor.numel() < max(1, self.method.smallest):
             return "small"
         if tensor.device.type == "meta":
             return None

@@ -36,6 +36,10 @@ class Classification:
     def split(self, batch: _Batch, count: int) -> Sequence[_Batch]:
         return list(zip(*(tensor.chunk(count) for tensor in batch), strict=True))
 
+    def first(self, batch: _Batch, count: int) -> _Batch:
+        images, labels = batch
+        return images[:count], labels[:count]
+
     def weight(self, batch: _Batch) -> int:
         return len(batch[0])
 

@@ -46,14 +46,6 @@ class Worker:
             dist.all_reduce(values)
         return values
 
-    def gather(self, values: Tensor) -> Tensor:
-        """Concatenate a tensor of equal shape from all processes along its last dimension."""
-        if self.world_size == 1:
-            return values
-        parts = [torch.empty_like(values) for _ in range(self.world_size)]
-        dist.all_gather(parts, values.contiguous())
-        return torch.cat(parts, dim=-1)
-
     def gather_objects(self, value: Any) -> list[Any]:
         """One value from every process, in their order."""
         if self.world_size == 1:

@@ -6,12 +6,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from aal.compression.report import Report
+from aal.compression.session import Session
 from aal.indicator import IndicatorRecorder
 from aal.memory import MIB, preserved, saved_bytes
 from aal.training.command_line import UserError
@@ -19,6 +22,7 @@ from aal.training.devices import Worker
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _INDICATOR_STEPS = 4  # sampled steps per epoch
+_PROBE_SAMPLES = 8
 _CHECK_EVERY = 16  # steps between looks at the loss, each of which waits for the GPU
 
 
@@ -44,6 +48,9 @@ class Task(Protocol):
     def split(self, batch: Any, count: int) -> Sequence[Any]:
         """At most ``count`` parts of a batch, none of them empty."""
 
+    def first(self, batch: Any, count: int) -> Any:
+        """At most ``count`` samples of a batch."""
+
     def weight(self, batch: Any) -> int:
         """How many units the batch has. Does not wait for the device."""
 
@@ -68,6 +75,8 @@ class Trainer:
         max_grad_norm: largest norm of all gradients together; 0 for any.
         accumulation: parts of a batch that go through the network one after the other. Loss and
             gradient stay those of the batch.
+        compress: makes a compressor of what autograd saves, for the model without the wrapper.
+            Only training enters it.
     """
 
     task: Task
@@ -79,11 +88,14 @@ class Trainer:
     recorder: IndicatorRecorder | None = None
     max_grad_norm: float = 0.0
     accumulation: int = 1
+    compress: Callable[[], Session] | None = None
     step: int = 0
     saved_mib: float | None = None
+    compression_report: Report | None = None  # of the last epoch's last batch
 
     def __post_init__(self) -> None:
         self.scaler = torch.amp.GradScaler(self.worker.device.type, enabled=self.amp == "fp16")
+        self.compression = self.compress and self.compress()
 
     def measure_saved_mib(self, loader: Any) -> float:
         """MiB that autograd holds between forward and backward, per process.
@@ -95,7 +107,9 @@ class Trainer:
         with preserved(model), autocast(device, self.amp):
             batch = self.task.on_device(next(iter(loader)), device)
             part = self.task.split(batch, self.accumulation)[0]
-            held = saved_bytes(lambda: self.task.loss(model, part))
+            # Another compressor, as that of training learns from forward and backward passes.
+            compression = self.compress and self.compress()
+            held = saved_bytes(lambda: self._loss(model, part, compression))
         self.saved_mib = held / MIB
         return self.saved_mib
 
@@ -113,7 +127,8 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate(self.step)
             self.optimizer.zero_grad(set_to_none=True)
-            loss = self._backward(self.task.changed(batch), number in sampled, totals)
+            batch = self.task.changed(batch)
+            loss = self._backward(batch, number in sampled, totals)
             if number % _CHECK_EVERY == 0:
                 self._check(loss, title)
             if self.max_grad_norm:
@@ -122,6 +137,7 @@ class Trainer:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.step += 1
+            self._step_compression(batch, is_last=number + 1 == len(loader))
         self._check(totals.loss, title)
         seconds = time.perf_counter() - start
         means, unit = totals.means(), self.task.unit
@@ -135,12 +151,14 @@ class Trainer:
         rng = {"cpu": torch.get_rng_state()}
         if self.worker.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.worker.device)
+        # Of a compressor only the place in its noise: what it learned, it learns again.
         return {
             "model": self._bare_model().state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "rng": self.worker.gather_objects(rng),
             "step": self.step,
+            "forwards": self.compression.forwards if self.compression else 0,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -149,6 +167,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
+        if self.compression:
+            self.compression.forwards = state["forwards"]
         if len(state["rng"]) != self.worker.world_size:
             return
         rng = state["rng"][self.worker.rank]
@@ -165,14 +185,37 @@ class Trainer:
         for number, part in enumerate(parts, 1):
             alone = self.worker.world_size == 1 or number == len(parts)
             with nullcontext() if alone else self.model.no_sync():
-                recording = self.recorder.sampling() if sampled else nullcontext()
+                recording = self.recorder.sampling(self.compression) if sampled else nullcontext()
                 with recording, autocast(self.worker.device, self.amp):
-                    loss, sums = self.task.loss(self.model, part)
+                    loss, sums = self._loss(self.model, part, self.compression)
                 share = weight(part) / mean
                 self.scaler.scale(loss * share).backward()
             totals.add(loss, weight(part), sums)
             whole = whole + loss.detach() * share
         return whole
+
+    def _loss(
+        self, model: nn.Module, batch: Any, compression: Session | None
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """The task's, with what autograd saves compressed."""
+        with compression or nullcontext():
+            return self.task.loss(model, batch)
+
+    def _step_compression(self, batch: Any, is_last: bool) -> None:
+        """Tell the compressor that a step on ``batch`` is over, the last of an epoch perhaps."""
+        if self.compression is None:
+            return
+        if is_last:  # before probes, whose tensors are smaller
+            self.compression_report = self.compression.report()
+        needs_closure = self.compression.method.needs_closure
+        self.compression.step(partial(self._probe, batch) if needs_closure else None)
+
+    def _probe(self, batch: Any) -> None:
+        """Add the gradient of a few samples of a batch, in this process alone."""
+        few = self.task.first(batch, _PROBE_SAMPLES)
+        with autocast(self.worker.device, self.amp):
+            loss, _ = self._loss(self._bare_model(), few, self.compression)
+        self.scaler.scale(loss).backward()
 
     def _step_weight(self, own: int) -> int:
         """The weight of the step's batches of all processes together."""

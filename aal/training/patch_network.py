@@ -28,13 +28,7 @@ _RECIPE_FLAGS = (
     *("beta1", "beta2", "momentum", "weight_decay", "max_grad_norm", "label_smoothing"),
     *("img_size", "autoaugment", "amp", "seed"),
 )
-_NOT_YET = "is not available yet; leave it out (--lean and --gcp save memory)"
-_REJECTED = {
-    "--mesa": _NOT_YET,
-    "--mesa-policy": _NOT_YET,
-    "--actnn": _NOT_YET,
-    "--local-rank": "is gone; start the processes with --device or torchrun",
-}
+_REJECTED = {"--local-rank": "is gone; start the processes with --device or torchrun"}
 
 
 @dataclass(frozen=True)

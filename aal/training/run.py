@@ -3,7 +3,7 @@
 import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from aal.indicator import IndicatorRecorder
 from aal.memory import MIB
 from aal.training import devices
 from aal.training.command_line import Parser, UserError, is_first
+from aal.training.compression_flags import add_compression_flags, compression_of
 from aal.training.devices import Worker
 from aal.training.files import read_checkpoint
 from aal.training.loop import Task, Trainer
@@ -33,6 +34,7 @@ def add_arguments(parser: Parser) -> None:
     add("--output", "--output-dir", type=Path, default=Path("results"), help=help)
     help = "checkpoint to score on the test part; trains nothing"
     add("--model-path", type=Path, default=absent, help=help)
+    add_compression_flags(parser)
     parser.add_switch("--get-li", help="record Learning Indicators")
     parser.add_switch("--resume", help="continue the run of the same settings")
     parser.add_switch("--checkpoint", help="the old name of --resume")
@@ -71,7 +73,6 @@ class Run:
     function: Mapping[str, Any]
     title: str
     load_weights: Callable[[nn.Module, Mapping[str, Tensor]], None]
-    recorder: IndicatorRecorder | None = field(default=None, init=False)
 
     metric: ClassVar[str]  # whose validation says which epoch is best
     columns: ClassVar[Sequence[str]]  # scores of an epoch that are recorded, "train_" and "val_"
@@ -82,7 +83,9 @@ class Run:
         self.settings = self.usual.followed(args)
         self.devices = devices.parse_devices(vars(args).get("device"))
         self.processes = devices.num_processes(self.devices)
-        self.config = {**self.options, **asdict(self.settings), "get_li": args.get_li}
+        self.compression = compression_of(args, self.devices[0])
+        self.config = {**self.options, **self.compression.config(), **asdict(self.settings)}
+        self.config["get_li"] = args.get_li
         args.resume = args.resume or args.checkpoint
         refuse_together(args, "model_path", "dry_run", "resume")
         refuse_together(args, "dry_run", "resume")
@@ -147,15 +150,13 @@ class Run:
         """Build the network from the seed, and load ``--model-path`` into it."""
         devices.seed_everything(self.settings.seed)
         self.model = built(self.build)
-        if self.args.get_li:
-            self.recorder = IndicatorRecorder(self.model)
         if "model_path" in self.args:
             self._load_checkpoint(self.args.model_path)
 
     def name(self) -> str:
         """Readable, and different for runs of different settings, unless the user chose it."""
-        settings = changes(asdict(self.settings), asdict(self.usual))
-        name = vars(self.args).get("name", "_".join([self.title, *settings]))
+        words = self.compression.words() + changes(asdict(self.settings), asdict(self.usual))
+        name = vars(self.args).get("name", "_".join([self.title, *words]))
         if len(os.fsencode(name)) > _MAX_NAME:
             raise UserError(f"{name} is too long for a folder; choose another with --name")
         return name
@@ -175,6 +176,8 @@ class Run:
         settings, model = self.settings, self.model
         loader, steps_per_epoch = self.train_loader(worker)
         optimizer = settings.optimizer_of(model.parameters())
+        recorder = IndicatorRecorder(model) if self.args.get_li else None
+        compress = self.compression.sessions_for(model, settings.seed)
         if worker.world_size > 1:
             index = [worker.device] if worker.device.type == "cuda" else None
             model = DistributedDataParallel(model, device_ids=index)
@@ -185,9 +188,10 @@ class Run:
             settings.learning_rate(steps_per_epoch),
             worker,
             settings.amp,
-            self.recorder,
+            recorder,
             max_grad_norm=settings.max_grad_norm,
             accumulation=settings.gradient_accumulation_steps,
+            compress=compress,
         )
         return trainer, loader
 
@@ -215,11 +219,15 @@ class Run:
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise UserError(f"{self.folder.last} is damaged: {error}") from error
             first_epoch, best = state["epoch"], state[best_metric]
+            if trainer.recorder is not None:
+                trainer.recorder.resume(self.folder.indicator_names)
         elif worker.is_main:
             self.folder.start(self.config)
         trainer.measure_saved_mib(loader)
         for epoch in range(first_epoch, self.settings.rounds):
             row, indicator = self._epoch(trainer, loader, epoch, worker)
+            if worker.is_main and trainer.compression is not None and epoch == 0:
+                self.folder.record_compression(str(trainer.compression_report))
             is_best = row[val_metric] > best
             best = max(best, row[val_metric])
             state = trainer.state()
@@ -263,11 +271,11 @@ class Run:
             rate: train[rate],
             "seconds": train["seconds"],
         }
-        if self.recorder is None:
+        if trainer.recorder is None:
             return row, None
-        values = worker.gather(self.recorder.take().to(worker.device))
-        row["indicator"] = self.recorder.summary(values)
-        return row, values[0].cpu().numpy()
+        values = trainer.recorder.take(worker.gather_objects)
+        row["indicator"] = trainer.recorder.summary(values)
+        return row, values[0].numpy()
 
     def _line(self, row: Mapping[str, Any], title: str) -> str:
         return (

@@ -19,7 +19,7 @@ from aal.training.files import (
     write_text,
 )
 
-_ONLY_TO_RESUME = ("optimizer", "scaler", "rng", "step")  # of the full state
+_ONLY_TO_RESUME = ("optimizer", "scaler", "rng", "step", "forwards")  # of the full state
 
 
 class RunFolder:
@@ -37,6 +37,7 @@ class RunFolder:
         self.best_metric, self.columns = f"best_{metric}", columns
         self.metrics: list[dict[str, Any]] = []
         self.indicators: list[np.ndarray] = []
+        self.indicator_names: list[str] = []  # of the rows of the last one, on resuming
 
     @property
     def last(self) -> Path:
@@ -68,7 +69,7 @@ class RunFolder:
 
     def _is_begun_run(self, files: set[str]) -> bool:
         """Are these the files that a run leaves before its first checkpoint, and no others?"""
-        own = {"config.json", "environment.json", "metrics.jsonl", "best.pth"}
+        own = {"config.json", "environment.json", "metrics.jsonl", "best.pth", "compression.txt"}
         own |= {f"{self.experiment}.npy", self._indicator_file.name}
         foreign = {name for name in files - own if not name.startswith(".")}  # cut-off writes
         try:
@@ -107,6 +108,7 @@ class RunFolder:
                 if indicators.ndim != 3 or len(indicators) != epochs:
                     raise ValueError(f"{self._indicator_file.name} lacks epochs")
                 self.indicators = list(indicators)
+                self.indicator_names = list(self.metrics[-1]["indicator"])
         except (OSError, ValueError, EOFError, KeyError, TypeError, IndexError) as error:
             raise UserError(f"the records in {self.path} are damaged: {error}") from error
         return state
@@ -129,6 +131,10 @@ class RunFolder:
             write_checkpoint(self.best, kept)
         write_checkpoint(self.last, state)
 
+    def record_compression(self, report: str) -> None:
+        """Record what became of each tensor that autograd saved."""
+        write_text(self.path / "compression.txt", f"{report}\n")
+
     def finish(self, test: dict[str, Any]) -> None:
         """Record the score of the best checkpoint on the test part."""
         write_json(self.path / "test.json", test)
@@ -139,13 +145,15 @@ class RunFolder:
 
 
 def _stacked(indicators: list[np.ndarray]) -> np.ndarray:
-    """(epochs, layers, samples); a last stretch of few steps has NaN behind its samples."""
-    widest = max(values.shape[1] for values in indicators)
-    padded = [
-        np.pad(values, ((0, 0), (0, widest - values.shape[1])), constant_values=np.nan)
-        for values in indicators
-    ]
-    return np.stack(padded)
+    """(epochs, layers, samples); a last stretch of few steps has NaN behind its samples.
+
+    A place that is compressed later than others has NaN before.
+    """
+    shape = (len(indicators), *np.max([values.shape for values in indicators], axis=0))
+    stacked = np.full(shape, np.nan, np.float32)
+    for padded, values in zip(stacked, indicators, strict=True):
+        padded[: values.shape[0], : values.shape[1]] = values
+    return stacked
 
 
 def check_agrees(path: Path, made_with: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -336,9 +336,24 @@ def test_models_of_other_dtypes(dtype, method):
 
 
 @every_method
-def test_an_empty_batch(method):
-    check_model(method, vit(0.1), torch.randn(0, 6, 16))
-    check_model(method, resnet().eval(), torch.randn(0, 3, 16, 16))
+@pytest.mark.parametrize("smallest", [0, 1])
+def test_an_empty_batch(method, smallest):
+    check_model(method, vit(0.1), torch.randn(0, 6, 16), smallest=smallest)
+    check_model(method, resnet().eval(), torch.randn(0, 3, 16, 16), smallest=smallest)
+
+
+@every_method
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 0.0, 1e30])
+def test_a_model_recovers_from_a_batch_of_one_number(method, number):
+    model, x = vit(), torch.randn(4, 6, 16)
+    session, leaves = session_of(method, model), list(model.parameters())
+    for _ in range(2):
+        gradients(lambda: model(torch.full((4, 6, 16), number)), leaves, session)
+        session.step()
+    expected = gradients(lambda: model(x), leaves, aal.compress("none"))
+    for _ in range(2):
+        assert_right(method, gradients(lambda: model(x), leaves, session), expected)
+        session.step()
 
 
 @every_method

@@ -255,12 +255,7 @@ def test_a_mistake_gets_one_line_and_status_2(
     assert not (tmp_path / "runs").exists()
 
 
-REJECTED = {
-    "--local-rank": "--device or torchrun",
-    "--mesa": "not available yet",
-    "--mesa-policy": "not available yet",
-    "--actnn": "not available yet",
-}
+REJECTED = {"--local-rank": "--device or torchrun"}
 
 
 @pytest.mark.parametrize("flag, hint", REJECTED.items())

@@ -225,7 +225,6 @@ BAD_COMMANDS = {
     "uneven split": (("--batch-size", "7", "--device", "cpu", "cpu"), "7"),
     "switch in words": (("--gcp", "maybe"), "maybe"),
     "gcp without lean": (("--gcp", "--lean", "off"), "--lean"),
-    "actnn": (("--actnn",), "--actnn"),
     "missing checkpoint": (("--model_path", "nowhere.pth"), "nowhere.pth"),
     "nothing to resume": (("--resume",), "nothing to resume"),
     "missing data": (("--data-path", "nowhere"), "nowhere"),
@@ -343,7 +342,8 @@ def test_the_flags_are_these(call: Callable):
     status, out, _ = call("ResNet/train.py", "--help")
     assert status == 0
     assert flags_of(out) == set(
-        """--help --model --learning-rule --ARA-stride --lean --gcp --actnn --dataset --data-path
+        """--help --model --learning-rule --ARA-stride --lean --gcp --compress
+        --compress-level --compress-bits --actnn --mesa --mesa-policy --dataset --data-path
         --imagenet-data-path --tiny-imagenet-data-path --optimizer --scheduler --decay-type --lr
         --learning-rate --epochs --max-epochs --batch-size --train-batch-size --test-batch-size
         --eval-batch-size --amp --device --workers --num-workers --seed --output --output-dir

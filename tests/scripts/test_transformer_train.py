@@ -530,8 +530,6 @@ REJECTED = {
     "--enable-tensorboard": "metrics.jsonl",
     "--console-log-freq": "metrics.jsonl",
     "--checkpoint-freq": "last.pth",
-    "--mesa": "not available yet",
-    "--mesa-policy": "not available yet",
 }
 
 
@@ -553,6 +551,7 @@ def test_the_flags_are_these(call: Callable):
         --min-freq --vocab-size --max-length --beam --length-penalty --model --hidden --num-layers
         --head --mlp-hidden --activation --dropout --learning-rule --lean --gcp --asa-scale
         --derivative --name --device --output --output-dir --model-path --get-li --resume
+        --compress --compress-level --compress-bits --actnn --mesa --mesa-policy
         --checkpoint --dry-run --translate --epochs --num-of-epochs --max-epochs --batch-size --lr
         --learning-rate --warmup-steps --label-smoothing --max-grad-norm --clip-grad --amp
         --seed""".split()
