@@ -21,7 +21,9 @@ STEPS = 3  # so many that a method uses what it has learned
 
 def session_of(method: str, model: nn.Module | None = None, **options) -> Session:
     """A session that compresses tensors of a single element too."""
-    return aal.compress(method, model=model, **{"smallest": 1, **OPTIONS[method], **options})
+    return aal.compress(
+        method, model=model, **{"smallest": 1, **OPTIONS.get(method, {}), **options}
+    )
 
 
 def gradients(
