@@ -67,9 +67,12 @@ def batch_norm_replay(
         unused = parameters._replace(running_mean=nothing, running_var=nothing)
         return batch_norm(x, unused, training, 0.0, eps)[0]
     # In evaluation the CPU kernel computes x * (weight * rstd) + (bias - mean * weight * rstd) as
-    # it does in training; a variance of 1 and eps of 0 let the known rstd through unrounded.
-    scale = parameters.weight.to(rstd.dtype) * rstd
-    known = Parameters(scale, parameters.bias.to(rstd.dtype), mean, torch.ones_like(mean))
+    # it does in training, in single precision at least; a variance of 1 and eps of 0 let the known
+    # rstd through unrounded.
+    precision = torch.promote_types(rstd.dtype, torch.float32)
+    scale = parameters.weight.to(precision) * rstd.to(precision)
+    mean, bias = mean.to(precision), parameters.bias.to(precision)
+    known = Parameters(scale, bias, mean, torch.ones_like(mean))
     return _evaluate(x, known, 0.0)
 
 

@@ -30,6 +30,8 @@ CASES = [
     pytest.param(Case(), id="float32"),
     pytest.param(Case(dtype=torch.float64, parameter_dtype=torch.float64), id="float64"),
     pytest.param(Case(dtype=torch.bfloat16), id="bfloat16-mixed"),
+    pytest.param(Case(dtype=torch.bfloat16, parameter_dtype=torch.bfloat16), id="bfloat16"),
+    pytest.param(Case(dtype=torch.float16, parameter_dtype=torch.float16), id="float16"),
     pytest.param(Case(memory_format=torch.channels_last), id="channels_last"),
     pytest.param(
         Case(dtype=torch.bfloat16, memory_format=torch.channels_last),
