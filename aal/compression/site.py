@@ -58,8 +58,12 @@ class Sites:
     ):
         self.model, self._begin, self._end = model, begin, end
         self._known: dict[tuple[str, int, int], Site] = {}
+        self._names: dict[nn.Module, str] = {}  # of modules that are watched
         self._handles: list[Any] = []
         self.restart()
+
+    def __deepcopy__(self, memo: dict) -> Sites:
+        return self  # a copy of the model that is made meanwhile has our hooks, which ignore it
 
     def restart(self) -> None:
         """Count calls and tensors from 0."""
@@ -83,8 +87,9 @@ class Sites:
         if self.model is None:
             return
         for name, module in _uncompiled_modules(self.model):
+            self._names[module] = name
             self._handles += [
-                module.register_forward_pre_hook(self._entering(name)),
+                module.register_forward_pre_hook(self._enter),
                 module.register_forward_hook(self._leave, always_call=True),
             ]
         if self.model._compiled_call_impl is not None:  # its own hooks would be compiled with it
@@ -101,26 +106,27 @@ class Sites:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._names.clear()
 
-    def _entering(self, name: str) -> Callable[..., None]:
-        def enter(*_: Any) -> None:
+    def _enter(self, module: nn.Module, *_: Any) -> None:
+        name = self._names.get(module)
+        if name is not None:
             number = self._calls.get(name, 0)
             self._calls[name] = number + 1
             self._running.append(_Call(name, number))
 
-        return enter
-
-    def _leave(self, *_: Any) -> None:
-        if len(self._running) > 1:
+    def _leave(self, module: nn.Module, *_: Any) -> None:
+        if module in self._names and len(self._running) > 1:
             self._running.pop()
 
     def _begin_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if len(self._running) == 1:  # not within itself
+        if module is self.model and len(self._running) == 1:  # not within itself
             self.restart()
             self._begin(args, kwargs)
 
     def _end_model(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._end(output)
+        if module is self.model:
+            self._end(output)
 
 
 def _uncompiled_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

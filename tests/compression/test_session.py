@@ -388,11 +388,20 @@ def test_no_hook_stays_on_the_model(method):
             assert not module._forward_hooks and not module._forward_pre_hooks
 
 
-@every_method
-def test_a_copy_made_inside_works_outside(method):
+@pytest.mark.parametrize("method", [*METHODS, "offload"])
+def test_a_copy_made_inside_a_session_does_without(method):
     model, x = vit(), torch.randn(2, 5, 16)
-    with session_of(method, model):
+    session = session_of(method, model)
+    with session:
         twin = copy.deepcopy(model)
+        model(x)
+        sites = {row.site for row in session.report().rows}
+        with torch.no_grad():
+            twin(x)  # an average of weights is evaluated, say
+        twin(x)
+    others = {row.site for row in session.report().rows} - sites
+    assert session.forwards == 1
+    assert others and all(site.startswith("(top)") for site in others)
     assert_same_bits(plain(twin, x), plain(model, x))
 
 
