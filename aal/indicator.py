@@ -40,8 +40,8 @@ def learning_indicator(h: Tensor, r: Tensor, *, start_dim: int = 1) -> Tensor:
 class Sampled(Protocol):
     """A compressor of what autograd saves (``aal.compression.session.Session``)."""
 
-    def sampling(self, record: Callable[[str, Tensor], None]) -> AbstractContextManager:
-        """Give ``record`` the name of each place that is compressed, and indicators (N, ...)."""
+    def sampling(self, record: Callable[[str, Tensor, Tensor], None]) -> AbstractContextManager:
+        """Give ``record`` the name of each place, its tensor (N, ...) and what stands in for it."""
 
 
 class IndicatorRecorder:
@@ -140,7 +140,9 @@ class IndicatorRecorder:
         raw, scaled = (learning_indicator(h, x, start_dim=dims) for x in (r, gain * r))
         self._add(name, raw, scaled)
 
-    def _record_place(self, name: str, indicator: Tensor) -> None:
+    @torch.no_grad()
+    def _record_place(self, name: str, h: Tensor, r: Tensor) -> None:
+        indicator = learning_indicator(h, r)
         self._add(name, indicator, indicator)
 
     def _add(self, name: str, raw: Tensor, scaled: Tensor) -> None:

@@ -23,6 +23,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from aal.preserved import preserved
+
 MIB = 2**20
 
 
@@ -106,20 +108,6 @@ def report(model: nn.Module, *inputs: Any) -> Report:
         if saved.get(name) or stock.get(name)
     ]
     return Report(rows)
-
-
-@contextlib.contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
-    """Put buffers and random state back afterwards."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = {tensor.device for tensor in (*model.buffers(), *model.parameters())}
-    try:
-        with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
 
 
 @contextlib.contextmanager

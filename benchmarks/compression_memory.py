@@ -10,12 +10,14 @@ ResNet-50 in bfloat16, in bytes per pixel and inner channel. The numbers are cou
 each tensor gets under "adaptive" follows the random weights and images.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import resnet_memory
 import torch
 import torch.nn.functional as F
 from record import record
@@ -30,7 +32,6 @@ import resnet  # noqa: E402
 import vit  # noqa: E402
 
 import aal  # noqa: E402
-from aal import Conv2dARA  # noqa: E402
 from aal.compression.session import Session  # noqa: E402
 from aal.memory import MIB, saved_bytes  # noqa: E402
 from aal.method import Method  # noqa: E402
@@ -150,25 +151,8 @@ def bottlenecks(width: int = 64, side: int = 56) -> dict[str, float]:
     }
     rows = {}
     for name, (group, lean, compressor) in settings.items():
-        blocks = nn.ModuleList(
-            resnet.Bottleneck(
-                4 * width,
-                width,
-                stride=1,
-                rule=nn.Conv2d if i == 0 else Conv2dARA,
-                lean=lean,
-                gcp=False,
-                packs_output=i + 1 < group,
-            )
-            for i in range(group)
-        ).bfloat16()
-
-        def chain(x: Tensor, blocks=blocks) -> Tensor:
-            y = aux = x
-            for block in blocks:
-                y = block(y, aux.detach())
-            return y
-
+        blocks = resnet_memory.bottleneck_group(width, group, lean)
+        chain = functools.partial(resnet_memory.through_group, blocks)
         held = _per_unit(x, chain, session_of(blocks, compressor))
         if compressor is None:  # the output, which the last ReLU keeps, belongs to the next group
             held -= x.itemsize

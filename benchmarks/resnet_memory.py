@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from record import record
-from torch import nn
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "ResNet"))
 
@@ -60,32 +60,39 @@ def _row(saved: int, stock: int) -> dict[str, float]:
     return {"mib_per_image": round(saved / BATCH / MIB, 3), "times_less": round(stock / saved, 3)}
 
 
+def bottleneck_group(width: int, group: int, lean: bool) -> nn.ModuleList:
+    """Bottlenecks of one group under ARA inside a stage, in bfloat16; one alone under bp."""
+    return nn.ModuleList(
+        Bottleneck(
+            4 * width,
+            width,
+            stride=1,
+            rule=nn.Conv2d if i == 0 else Conv2dARA,
+            lean=lean,
+            gcp=False,
+            packs_output=i + 1 < group,
+        )
+        for i in range(group)
+    ).bfloat16()
+
+
+def through_group(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+    """The output of a group, whose first input stands in for those of all its blocks."""
+    y = aux = x
+    for block in blocks:
+        y = block(y, aux.detach())
+    return y
+
+
 def bottlenecks(width: int = 64, batch: int = 2, side: int = 56) -> dict[str, float]:
     """Bytes per pixel and inner channel of one block, averaged over a group, in bfloat16."""
     rows = {}
     for name, group, lean in (("bp", 1, False), ("ara(2)", 2, True), ("ara(4)", 4, True)):
-        blocks = nn.ModuleList(
-            Bottleneck(
-                4 * width,
-                width,
-                stride=1,
-                rule=nn.Conv2d if i == 0 else Conv2dARA,
-                lean=lean,
-                gcp=False,
-                packs_output=i + 1 < group,
-            )
-            for i in range(group)
-        ).bfloat16()
+        blocks = bottleneck_group(width, group, lean)
         x = torch.randn(batch, 4 * width, side, side, dtype=torch.bfloat16, requires_grad=True)
-
-        def forward(blocks=blocks, x=x):
-            # the group's input belongs to it, its output to the next
-            y = aux = x.clone()
-            for block in blocks:
-                y = block(y, aux.detach())
-            return y
-
-        held = saved_bytes(forward) - x.numel() * x.itemsize
+        # The group's input belongs to it, its output to the next.
+        held = saved_bytes(lambda b=blocks, x=x: through_group(b, x.clone()))
+        held -= x.numel() * x.itemsize
         rows[name] = round(held / group / (batch * side * side * width), 3)
     return rows
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from aal.compression.allocation import allocate_bits, greedy_bits
 from aal.compression.codecs import Codec, Encoded
-from aal.compression.handle import Handle
+from aal.compression.handle import saved_by
 from aal.compression.method import Keep, Method, Use
 from aal.compression.recipes import Replay
 from aal.compression.site import Site
@@ -277,11 +277,9 @@ class Rows:
 
     runs: tuple[tuple[int, int], ...]
     faithful: bool = False
+    name = "rows"
     is_flat = True
     is_exact = False
-
-    def __str__(self) -> str:
-        return "rows"
 
     @property
     def bits(self) -> float:
@@ -359,6 +357,6 @@ def _sensitivity_factor(use: Use) -> float | None:
         return None
     if name != "ConvolutionBackward0":
         return size[-1] / 4
-    weight = use.node._raw_saved_weight.data
-    positions = weight.size[2:].numel() if isinstance(weight, Handle) else 1
+    weight = saved_by(use.node, "weight")
+    positions = 1 if weight is None else weight.size[2:].numel()
     return positions * size[1] / (4 * use.node._saved_groups)

@@ -9,12 +9,12 @@ from aal.compression.allocation import allocate_bits
 from aal.compression.codecs import Codec, Groups
 from aal.compression.method import Keep, Method, Use
 from aal.compression.recipes import Replay
+from aal.compression.report import MIB
 from aal.compression.session import Session
 from aal.compression.variance import Look
 from aal.ops.group_quantise import GROUP, GroupCode, rounding_variance, stored_bits
 
 CHOICES = (2, 4, 8)
-_MIB = 2**20
 _TOLERABLE = 0.1  # variance that one site may add, over the square of the gradient
 _CLEARLY = 2 / 3  # estimates of variances are right within a factor of a few
 
@@ -33,7 +33,7 @@ class Adaptive(Method):
 
     Args:
         bits: mean bits per element, side numbers (0.07) apart, from 2 to 8.
-        budget: MiB that a forward pass may keep, everything counted; instead of ``bits``.
+        budget: MiB that a forward pass may keep beside the model's arguments; instead of ``bits``.
         group: elements that share a range.
         interval: forward passes between two looks at the gradients.
 
@@ -118,12 +118,12 @@ class Adaptive(Method):
         rest = sum(row.stored_bytes for row in rows) - sum(row.stored_bytes for row in coded)
         side = stored_bits(CHOICES[0], self.group) - CHOICES[0]
         # A last group, and bytes of small tensors, are not shared out exactly: half a percent.
-        bits = 8 * (0.995 * self.budget * _MIB - rest) / sum(sizes) - side
+        bits = 8 * (0.995 * self.budget * MIB - rest) / sum(sizes) - side
         if bits < CHOICES[0]:
             least = (rest + sum(sizes) * (CHOICES[0] + side) / 8) / 0.995
             raise ValueError(
                 f"a budget of {self.budget:g} MiB is too small: at {CHOICES[0]} bits a forward "
-                f"pass keeps {math.ceil(least / _MIB * 10) / 10:g} MiB"
+                f"pass keeps {math.ceil(least / MIB * 10) / 10:g} MiB"
             )
         return min(bits, CHOICES[-1])
 

@@ -12,13 +12,7 @@ import torch
 from torch import Tensor
 
 from aal.compression.consumers import Interval
-from aal.ops.group_quantise import (
-    GROUP,
-    GroupCode,
-    dequantise_groups,
-    quantise_groups,
-    stored_bits,
-)
+from aal.ops.group_quantise import GROUP, GroupCode, dequantise_groups, quantise_groups
 from aal.ops.noise import Noise
 from aal.ops.pool_index import Window, pack_pool_index, unpack_pool_index
 from aal.ops.sign_pack import layout_in_rows, pack_sign, unpack_sign
@@ -30,12 +24,14 @@ class Codec(Protocol):
     """A way of keeping a tensor.
 
     Attributes:
+        name: for reports.
         is_flat: it takes and gives elements in memory order, (n,), whatever the shape; else
             tensors of the logical shape.
         is_exact: the gradient is bit for bit what it would be without.
         bits: per element, side numbers apart; None where that says nothing.
     """
 
+    name: str
     is_flat: ClassVar[bool]
     is_exact: ClassVar[bool]
     bits: float | None
@@ -51,12 +47,10 @@ class Codec(Protocol):
 class Raw:
     """The tensor itself, copied to where a store keeps it. Exact."""
 
+    name = "raw"
     is_flat = True
     is_exact = True
     bits: float | None = None
-
-    def __str__(self) -> str:
-        return "raw"
 
     def encode(self, x: Tensor, noise: Noise) -> Encoded:
         return (x,), None
@@ -69,12 +63,10 @@ class Raw:
 class Bits:
     """A mask of booleans at one bit per element. Exact."""
 
+    name = "mask"
     is_flat = True
     is_exact = True
     bits: float | None = 1
-
-    def __str__(self) -> str:
-        return "mask"
 
     def encode(self, x: Tensor, noise: Noise) -> Encoded:
         return (pack_sign(x.view(torch.uint8)),), x.numel()
@@ -87,12 +79,10 @@ class Bits:
 class TwoValues:
     """Zeros and one other value, as dropout's mask on CPU, at one bit per element. Exact."""
 
+    name = "mask"
     is_flat = True
     is_exact = True
     bits: float | None = 1
-
-    def __str__(self) -> str:
-        return "mask"
 
     def encode(self, x: Tensor, noise: Noise) -> Encoded:
         return (pack_sign(x), x.max()), (x.numel(), x.dtype)
@@ -111,12 +101,10 @@ class Side:
     """
 
     interval: Interval
+    name = "mask"
     is_flat = True
     is_exact = True
     bits: float | None = 1
-
-    def __str__(self) -> str:
-        return "mask"
 
     def encode(self, x: Tensor, noise: Noise) -> Encoded:
         low, high = self.interval.low, self.interval.high
@@ -143,12 +131,10 @@ class Side:
 class Shape:
     """Nothing but the shape, for nodes that read no element. Exact."""
 
+    name = "shape"
     is_flat = False
     is_exact = True
     bits: float | None = 0
-
-    def __str__(self) -> str:
-        return "shape"
 
     def encode(self, x: Tensor, noise: Noise) -> Encoded:
         return (), (x.size(), x.stride(), x.dtype, x.device)
@@ -169,12 +155,10 @@ class PoolIndex:
 
     window: Window
     image: tuple[int, int]
+    name = "index"
     is_flat = False
     is_exact = True
     bits: float | None = 4
-
-    def __str__(self) -> str:
-        return "index"
 
     def encode(self, x: Tensor, noise: Noise) -> Encoded:
         return (pack_pool_index(x, self.window, self.image),), x.size()
@@ -194,19 +178,12 @@ class Groups:
 
     bits: int  # type: ignore[assignment]
     group: int = GROUP
+    name = "groups"
     is_flat = True
     is_exact = False
-
-    def __str__(self) -> str:
-        return "groups"
 
     def encode(self, x: Tensor, noise: Noise) -> Encoded:
         return tuple(quantise_groups(x, self.bits, noise, self.group)), (x.numel(), x.dtype)
 
     def decode(self, tensors: tuple[Tensor, ...], meta: Any) -> Tensor:
         return dequantise_groups(GroupCode(*tensors), self.bits, *meta, self.group)
-
-    @property
-    def stored_bits(self) -> float:
-        """Per element, side numbers included."""
-        return stored_bits(self.bits, self.group)

@@ -76,7 +76,7 @@ _VALUES: dict[str, tuple[str, tuple[str, ...]]] = {
     },
 }
 
-# Nodes of this package: "*" stands for every tensor of floating-point numbers.
+# Functions written in Python, this package's first: all floating-point numbers that they saved.
 _OWN = {
     "ReplayFunctionBackward": "replay",
     "Conv2dARAFunctionBackward": "linear",

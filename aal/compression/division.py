@@ -73,11 +73,9 @@ class Blocks:
     bits: int  # type: ignore[assignment]
     block: int
     faithful: bool = False
+    name = "blocks"
     is_flat = False
     is_exact = False
-
-    def __str__(self) -> str:
-        return "blocks"
 
     def encode(self, x: Tensor, noise: Noise) -> Encoded:
         code = quantise_blocks(x, self.bits, noise, self.block, faithful=self.faithful)

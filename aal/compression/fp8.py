@@ -50,7 +50,8 @@ class Scaled:
     is_exact = False
     bits: float | None = 8
 
-    def __str__(self) -> str:
+    @property
+    def name(self) -> str:
         return self.format
 
     def encode(self, x: Tensor, noise: Noise) -> Encoded:

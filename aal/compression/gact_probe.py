@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Callable, Iterable, Iterator
 from math import inf, isfinite
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from aal.compression.session import Session
 from aal.compression.site import Site
+from aal.preserved import preserved
 
 Gradient = dict[nn.Parameter, Tensor]
 
@@ -41,7 +40,7 @@ def sensitivity(session: Session, closure: Callable[[], object], site: Site) -> 
         before = dict(site.state)
         site.state["bits"], site.state["salt"] = kept[number]
         try:
-            with unchanged(session.model), session.rehearsal():
+            with preserved(session.model), session.rehearsal():
                 closure()
         finally:
             site.state = before
@@ -79,29 +78,6 @@ def squared_distances(
     with _gradients_to(subtract, parameters):
         run(2)
     return between, _squared_norm(first.values()), _squared_norm(second.values())
-
-
-@contextlib.contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Put the model's buffers and all random state back afterwards."""
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    of_python, of_numpy, of_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    of_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    try:
-        yield
-    finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
-        torch.set_rng_state(of_torch)
-        torch.cuda.set_rng_state_all(of_cuda)
-        with torch.no_grad():
-            for module, name, buffer, before in buffers:
-                module._buffers[name] = buffer.copy_(before)
 
 
 @contextlib.contextmanager

@@ -93,3 +93,12 @@ class Handle:
                 f"{self.tensor._version}; expected version {self.version}"
             )
         return self.tensor
+
+
+def saved_by(node: Any, attribute: str) -> Handle | None:
+    """The handle of a tensor that a node of autograd's graph saved.
+
+    None where the node saved no such tensor, or saved it outside of a session.
+    """
+    data = getattr(getattr(node, f"_raw_saved_{attribute}", None), "data", None)
+    return data if isinstance(data, Handle) else None

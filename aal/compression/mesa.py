@@ -55,9 +55,6 @@ class Mesa(Method):
     does them. What a ReLU saved is a mask of one bit. Beyond the publication, so that every model
     is covered, values that have no tag have one pair of ends each, if the policy enables all "fc".
 
-    Attributes:
-        epoch: of the training; a training loop sets it for policies that differ between epochs.
-
     Args:
         policy: which layers are compressed, and how; ``DEFAULT_POLICY`` if not given. Text has
             the form of a policy file.
@@ -84,7 +81,7 @@ class Mesa(Method):
         self.policy = MesaPolicy.parse(policy) if isinstance(policy, str) else policy
         if self.policy is None:
             self.policy = DEFAULT_POLICY
-        self.groups, self.faithful, self.epoch = groups, faithful, 0
+        self.groups, self.faithful = groups, faithful
         self._heads = 1
         self._numbers: dict[str, dict[str, int]] = {}  # by tag and module
 
@@ -132,12 +129,10 @@ class Running:
     decay: float
     faithful: bool
     state: dict[str, Any] = field(compare=False, repr=False)
+    name = "running"
     is_flat = False
     is_exact = False
     bits: float | None = 8
-
-    def __str__(self) -> str:
-        return "running"
 
     def encode(self, x: Tensor, noise: Noise) -> Encoded:
         size, x = x.size(), x.reshape(self.shape)

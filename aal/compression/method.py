@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aal.compression.codecs import Bits, Codec, PoolIndex, Shape, Side, TwoValues
 from aal.compression.consumers import Consumer, Need, interval_of
-from aal.compression.handle import Handle
+from aal.compression.handle import Handle, saved_by
 from aal.ops.pool_index import MAX_WINDOW, Window
 
 if TYPE_CHECKING:
@@ -59,12 +59,14 @@ class Method:
         is_off: nothing is done at all.
         offloads: payloads lie in the host's memory.
         needs_closure: ``Session.step`` has to be given one.
+        epoch: of the training, from 0; a training loop sets it.
     """
 
     name: ClassVar[str]
     is_off: bool = False
     offloads: bool = False
     needs_closure: bool = False
+    epoch: int = 0
     recipes: bool = False
     smallest: int = 4096
     masks: bool = True
@@ -106,8 +108,8 @@ class Method:
             _pair(node._saved_dilation),
             node._saved_ceil_mode,
         )
-        pooled = node._raw_saved_self.data
-        if kernel[0] * kernel[1] > MAX_WINDOW or not isinstance(pooled, Handle):
+        pooled = saved_by(node, "self")
+        if kernel[0] * kernel[1] > MAX_WINDOW or pooled is None:
             return Keep(f"a window of more than {MAX_WINDOW} elements")
         if use.tensor.dim() < 3:
             return Keep("too few dimensions")

@@ -29,11 +29,9 @@ class Ranges:
     group: int = 256
     side_dtype: torch.dtype | None = torch.bfloat16
     faithful: bool = False
+    name = "ranges"
     is_flat = True
     is_exact = False
-
-    def __str__(self) -> str:
-        return "ranges"
 
     def encode(self, x: Tensor, noise: Noise) -> Encoded:
         numel, dtype = x.numel(), x.dtype

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aal.compression.handle import Handle
+from aal.compression.handle import Handle, saved_by
 from aal.ops.batch_norm import Parameters, Statistics, batch_norm_replay
 
 _VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "AliasBackward0")
@@ -60,9 +60,7 @@ class _ReplayCodec(NamedTuple):
     is_exact: bool
     is_flat: bool = False
     bits: float | None = 0
-
-    def __str__(self) -> str:
-        return "replay"
+    name: str = "replay"
 
 
 def recipe_of(grad_fn: Any, handle: Handle, modules: Modules) -> Recipe | None:
@@ -87,7 +85,7 @@ def recipe_of(grad_fn: Any, handle: Handle, modules: Modules) -> Recipe | None:
         return None
     name, recipe = grad_fn.name(), None
     if name == "ReluBackward0":
-        result = _handle(grad_fn, "result")
+        result = saved_by(grad_fn, "result")
         if result is not None and result.version == handle.version:
             recipe = _batch_norm_relu(grad_fn.next_functions[0][0], modules, result)
     elif is_fresh and name in _BATCH_NORMS:
@@ -95,10 +93,10 @@ def recipe_of(grad_fn: Any, handle: Handle, modules: Modules) -> Recipe | None:
     elif is_fresh and name == "NativeLayerNormBackward0":
         recipe = _layer_norm(grad_fn, modules)
     elif is_fresh and name == "GeluBackward0":
-        source = _handle(grad_fn, "self")
+        source = saved_by(grad_fn, "self")
         recipe = source and _Gelu(source, grad_fn._saved_approximate)
     elif is_fresh and name == "SiluBackward0":
-        source = _handle(grad_fn, "self")
+        source = saved_by(grad_fn, "self")
         recipe = source and _Silu(source)
     if recipe is None or recipe.source.size.numel() != tensor.numel():
         return None
@@ -194,11 +192,11 @@ def _affine(
 
 def _layer_norm(node: Any, modules: Modules) -> Recipe | None:
     names = ("input", "weight", "result1", "result2")
-    source, weight, mean, rstd = (_handle(node, name) for name in names)
+    source, weight, mean, rstd = (saved_by(node, name) for name in names)
     norm = _module(weight, modules)
     if source is None or mean is None or rstd is None or not isinstance(norm, nn.LayerNorm):
         return None
-    shape, bias = tuple(norm.normalized_shape), _handle(node, "bias")
+    shape, bias = tuple(norm.normalized_shape), saved_by(node, "bias")
     return _LayerNorm(source, shape, norm.eps, weight, bias, mean, rstd)
 
 
@@ -206,7 +204,7 @@ def _batch_norm_relu(node: Any, modules: Modules, mask: Handle | None) -> Recipe
     if node is None or node.name() not in _BATCH_NORMS:
         return None
     names = ("input", "weight", "result1", "result2", "running_mean", "running_var")
-    source, weight, mean, rstd, *running = (_handle(node, name) for name in names)
+    source, weight, mean, rstd, *running = (saved_by(node, name) for name in names)
     norm, training = _module(weight, modules), node._saved_training
     if source is None or mean is None or rstd is None or not _has_own_bias(node, norm):
         return None
@@ -234,10 +232,3 @@ def _module(weight: Handle | None, modules: Modules) -> nn.Module | None:
 def parameter_place(parameter: Tensor) -> tuple[int, int]:
     """Storage and offset of a parameter."""
     return parameter.untyped_storage()._cdata, parameter.storage_offset()
-
-
-def _handle(node: Any, attribute: str) -> Handle | None:
-    """The handle of a tensor that a node saved."""
-    saved = getattr(node, f"_raw_saved_{attribute}", None)
-    data = getattr(saved, "data", None)
-    return data if isinstance(data, Handle) else None

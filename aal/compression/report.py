@@ -14,7 +14,8 @@ class Row:
         consumer: node of the graph that saved it.
         codec: how it is kept.
         bits: per element, side numbers apart; None for a tensor that is kept as it is.
-        raw_bytes: of the storage that the tensor holds; 0 if a row before holds it already.
+        raw_bytes: of the storage that the tensor holds; 0 if a row before holds it already, or
+            the caller does.
         stored_bytes: of what is kept of it; 0 where a row before keeps the same.
         note: why it is kept, or what the consumer does with it.
     """

@@ -32,7 +32,6 @@ from aal.compression.storage import (
     overlaps_itself,
     place_of_elements,
 )
-from aal.indicator import learning_indicator
 from aal.ops.noise import Noise, place_of
 
 _CASTS_AND_VIEWS = (
@@ -98,7 +97,7 @@ class Session:
         self._norms: Modules = {}
         self._rows: dict[Site, Row] = {}
         self._counted: dict[tuple[int, str], StorageWeakRef] = {}
-        self._indicator: Callable[[str, Tensor], None] | None = None
+        self._record: Callable[[str, Tensor, Tensor], None] | None = None
 
     # --------------------------------------------------------------------------------------------
     # The user's side
@@ -111,9 +110,7 @@ class Session:
                 "a compressor cannot be entered inside a compiled function; compile the model, or "
                 "blocks of it, and enter the compressor around the call"
             )
-        outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        pack = outer[0] if outer is not None else None
-        owner = getattr(pack, "__self__", None)
+        outer, owner = _active_hooks()
         if isinstance(owner, Session) and owner is not self:
             raise RuntimeError(
                 f"compressors do not nest: {owner.method.name!r} is active already; the option "
@@ -125,15 +122,22 @@ class Session:
         hooks.__enter__()
         self._entered.append(hooks)
         if len(self._entered) == 1:
-            # A checkpoint around us computes everything again: what it would do with payloads.
-            is_foreign = pack is not None and pack.__module__ != "torch.utils.checkpoint"
-            self._outer = OuterHooks(*outer) if is_foreign else None
-            self._learn_model()
-            self.sites.restart()
-            self.sites.attach()
-            if self.model is None:
-                self._begin_forward((), {})
+            try:
+                self._begin(outer)
+            except BaseException:
+                self.__exit__(*sys.exc_info())
+                raise
         return self
+
+    def _begin(self, outer: tuple[Callable, Callable] | None) -> None:
+        # A checkpoint around us computes everything again: what it would do with payloads.
+        is_foreign = outer is not None and outer[0].__module__ != "torch.utils.checkpoint"
+        self._outer = OuterHooks(*outer) if is_foreign else None
+        self._learn_model()
+        self.sites.restart()
+        self.sites.attach()
+        if self.model is None:
+            self._begin_forward((), {})
 
     def __exit__(self, *error: Any) -> None:
         if self.method.is_off:
@@ -178,8 +182,7 @@ class Session:
     @property
     def is_innermost(self) -> bool:
         """Is the session entered, and no other pair of saved-tensor hooks since?"""
-        top = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        return top is not None and getattr(top[0], "__self__", None) is self
+        return _active_hooks()[1] is self
 
     @contextlib.contextmanager
     def rehearsal(self) -> Iterator[None]:
@@ -187,26 +190,26 @@ class Session:
 
         All rehearsals between two forward passes have the same noise.
         """
-        before = self.forwards, self._rows, self._counted, self._indicator
-        self._rows, self._counted, self._indicator = {}, {}, None
+        before = self.forwards, self._rows, self._counted, self._record
+        self._rows, self._counted, self._record = {}, {}, None
         try:
             with self:
                 yield
         finally:
-            self.forwards, self._rows, self._counted, self._indicator = before
+            self.forwards, self._rows, self._counted, self._record = before
 
     @contextlib.contextmanager
-    def sampling(self, record: Callable[[str, Tensor], None]) -> Iterator[None]:
-        """Compute Learning Indicators of what is encoded inside the ``with`` block.
+    def sampling(self, record: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+        """Show what is kept approximately inside the ``with`` block.
 
         Args:
-            record: is given the name of a site and the indicators of its tensor's samples.
+            record: is given the name of a site, its tensor and what stands in for that.
         """
-        self._indicator = record
+        self._record = record
         try:
             yield
         finally:
-            self._indicator = None
+            self._record = None
 
     # --------------------------------------------------------------------------------------------
     # Hooks
@@ -306,7 +309,8 @@ class Session:
     def _decide(self, use: Use) -> None:
         need, handle = use.consumer.need, use.handle
         if use.tensor.untyped_storage()._cdata in self._inputs:
-            self._keep(handle, use.tensor, use.consumer, "argument of the model")
+            handle.keep(self._outer)
+            self._note(handle.site, use.consumer, "kept", None, 0, 0, "argument of the model")
             self.method.settled(self, use)
             return
         replayable = need is Need.VALUES or (need is Need.BIT and not self.method.masks)
@@ -329,7 +333,7 @@ class Session:
         if not choice.is_flat or not is_dense(tensor):
             key += (tensor.size(), stride)
         if choice.is_flat:
-            x, _, stride = dense(tensor)
+            x, stride = dense(tensor)
         payload = self._table.find(key) if self.method.shares else None
         if payload is None:
             salt = handle.site.state.get("salt", 0)
@@ -364,10 +368,9 @@ class Session:
         stored = 0 if is_shared else payload.num_bytes
         reason = "shares a payload" if is_shared else ""
         codec = payload.codec
-        self._note(handle.site, consumer, str(codec), codec.bits, raw, stored, reason)
-        if self._indicator is not None and not codec.is_exact:
-            indicator = learning_indicator(tensor, handle.restore())
-            self._indicator(str(handle.site), indicator)
+        self._note(handle.site, consumer, codec.name, codec.bits, raw, stored, reason)
+        if self._record is not None and not codec.is_exact:
+            self._record(str(handle.site), tensor, handle.restore())
 
     def _is_new(self, storage: torch.UntypedStorage, what: str) -> bool:
         """Is it the first time in this forward pass that something is counted of a storage?"""
@@ -433,6 +436,12 @@ class Session:
         for leaf in tree_leaves(outputs):
             if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
                 self._see(leaf.grad_fn, complete=True)
+
+
+def _active_hooks() -> tuple[tuple[Callable, Callable] | None, Any]:
+    """The innermost pair of saved-tensor hooks, if any, and whose method packs."""
+    pair = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return pair, getattr(pair[0], "__self__", None) if pair is not None else None
 
 
 def _is_parameter(tensor: Tensor) -> bool:

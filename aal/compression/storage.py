@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -42,28 +42,16 @@ class OuterHooks:
         self.put, self.get = pack, unpack
 
 
-class Dense(NamedTuple):
-    """A tensor as the elements of a piece of memory without gaps.
+def dense(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The elements of a detached tensor in memory order, (n,), and the strides that restore it.
 
-    Args:
-        flat: (n,) in memory order.
-        size, stride: of the tensor.
-    """
-
-    flat: Tensor
-    size: torch.Size
-    stride: tuple[int, ...]
-
-
-def dense(tensor: Tensor) -> Dense:
-    """A detached tensor in memory order; copied if it has gaps.
-
-    A view of a permuted dense block, channels-last or transposed, is not copied.
+    Copied if the tensor has gaps; a view of a permuted dense block, channels-last or transposed,
+    has none.
     """
     if not is_dense(tensor):
         tensor = torch.empty_like(tensor, memory_format=torch.preserve_format).copy_(tensor)
     flat = tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
-    return Dense(flat, tensor.size(), tensor.stride())
+    return flat, tensor.stride()
 
 
 def is_dense(tensor: Tensor) -> bool:

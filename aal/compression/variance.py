@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aal.compression.handle import Handle
+from aal.compression.handle import saved_by
 from aal.compression.method import Use
 from aal.compression.site import Site
 
@@ -209,8 +209,8 @@ def _fan_in(use: Use) -> int:
     """How many inputs each output of a layer has."""
     size = use.handle.size
     if use.consumer.node == "ConvolutionBackward0":
-        weight = use.node._raw_saved_weight.data
-        return weight.size[1:].numel() if isinstance(weight, Handle) else size[1]
+        weight = saved_by(use.node, "weight")
+        return size[1] if weight is None else weight.size[1:].numel()
     if use.attribute == "mat2":
         return size[0]
     return size[1] if len(size) > 3 else size[-1] if size else 1
@@ -275,9 +275,8 @@ def _norm_of(node: Any) -> _Norm | None:
 
 def _kept(node: Any, name: str) -> Tensor | None:
     """A tensor that a node saved and that was kept as it is; None if there is none."""
-    handle = getattr(getattr(node, f"_raw_saved_{name}", None), "data", None)
-    is_kept = isinstance(handle, Handle) and handle.tensor is not None and handle.size.numel()
-    return handle.tensor if is_kept else None
+    handle = saved_by(node, name)
+    return handle.tensor if handle is not None and handle.size.numel() else None
 
 
 def _energy(x: Tensor) -> Tensor:

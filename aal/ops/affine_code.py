@@ -32,9 +32,7 @@ def round_up(x: Tensor, dtype: torch.dtype) -> Tensor:
     return -round_down(-x, dtype)
 
 
-def side_numbers(
-    low: Tensor, high: Tensor, top: int | Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def side_numbers(low: Tensor, high: Tensor, top: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``low`` and ``step``, rounded outward to ``dtype``; ``step`` is 0 where the ends are equal.
 
     A constant that ``dtype`` holds is decoded exactly. NaN and infinity in either end make every
@@ -42,20 +40,18 @@ def side_numbers(
 
     Args:
         low, high: ends whose difference float32 holds.
-        top: the largest code; a tensor has to broadcast.
+        top: the largest code.
         dtype: in which the two are stored.
     """
     lower = round_down(low, dtype)
     return lower, round_up((high.float() - lower.float()) / top, dtype)
 
 
-def stochastic_codes(
-    x: Tensor, low: Tensor, step: Tensor, top: int | Tensor, uniform: Tensor
-) -> Tensor:
+def stochastic_codes(x: Tensor, low: Tensor, step: Tensor, top: int, uniform: Tensor) -> Tensor:
     """Codes of ``x``, those of numbers beyond the ends clamped to 0 and ``top``.
 
     Args:
-        x: any shape; ``low``, ``step`` and ``top`` have to broadcast to it.
+        x: any shape; ``low`` and ``step`` have to broadcast to it.
         uniform: float32 numbers in [0, 1) of the shape of ``x``.
 
     Returns:
@@ -63,7 +59,33 @@ def stochastic_codes(
     """
     position = x - low.float()
     position.div_(torch.where(step > 0, step, 1)).add_(uniform).floor_()
-    return position.clamp_(min=0).clamp_(max=top).to(torch.uint8)
+    return position.clamp_(0, top).to(torch.uint8)
+
+
+def encode(
+    x: Tensor,
+    low: Tensor,
+    high: Tensor,
+    bits: int,
+    uniform: Tensor,
+    dtype: torch.dtype,
+    faithful: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of ``x``, ``low`` and ``step``, or ``faithful`` what the releases have in their place.
+
+    Args:
+        x: any shape; ``low`` and ``high``, its ends, have to broadcast to it.
+        bits: of a code.
+        uniform: float32 numbers in [0, 1) of the shape of ``x``.
+        dtype: in which ``low`` and ``step`` are stored.
+        faithful: with the defects of the releases.
+    """
+    top = 2**bits - 1
+    if faithful:
+        scale = released_scale(low, high, top, x.dtype)
+        return released_codes(x, low, scale, uniform), low.to(dtype), scale.to(dtype)
+    low, step = side_numbers(low, high, top, dtype)
+    return stochastic_codes(x, low, step, top, uniform), low, step
 
 
 def decode_affine(codes: Tensor, low: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
@@ -82,7 +104,7 @@ def to_finite(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.clamp_(finite.min, finite.max).to(dtype)
 
 
-def released_scale(low: Tensor, high: Tensor, top: int | Tensor, dtype: torch.dtype) -> Tensor:
+def released_scale(low: Tensor, high: Tensor, top: int, dtype: torch.dtype) -> Tensor:
     """Codes per unit as released, rounded to ``dtype``."""
     return (top / (high.float() - low.float() + _EPSILON)).to(dtype)
 

@@ -21,15 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aal.ops.affine_code import (
-    decode_affine,
-    decode_released,
-    released_codes,
-    released_scale,
-    side_numbers,
-    stochastic_codes,
-    to_finite,
-)
+from aal.ops.affine_code import decode_affine, decode_released, encode, to_finite
 from aal.ops.code_pack import pack_codes, unpack_codes
 from aal.ops.noise import Noise
 
@@ -71,7 +63,7 @@ def quantise_blocks(
         ValueError: the released geometry has no block for maps as narrow as these, or
             ``geometry`` or ``bits`` is none that there is.
     """
-    x, top = x.detach(), 2**bits - 1
+    x = x.detach()
     if faithful:
         geometry = "released"
     else:
@@ -81,13 +73,7 @@ def quantise_blocks(
     rest = x - _spread(means, x.shape, block, geometry, x.dtype)
     low, high = (end.view(*x.shape[:2], 1, 1) for end in rest.flatten(2).aminmax(dim=2))
     uniform = noise.numbers(x.numel(), x.device).view(x.shape)
-    if faithful:
-        step = released_scale(low, high, top, x.dtype)
-        codes = released_codes(rest, low, step, uniform)
-        low, step = low.bfloat16(), step.bfloat16()
-    else:
-        low, step = side_numbers(low, high, top, torch.bfloat16)
-        codes = stochastic_codes(rest, low, step, top, uniform)
+    codes, low, step = encode(rest, low, high, bits, uniform, torch.bfloat16, faithful)
     packed = pack_codes(codes.reshape(-1), bits)
     return BlockCode(packed, means, low.flatten(1), step.flatten(1))
 

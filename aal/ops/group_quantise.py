@@ -191,13 +191,6 @@ def _steps_of_groups(code: GroupCode, bits: int) -> list[Tensor]:
 def _quantise(
     x: Tensor, bits: int, seed: int, start: int, group: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return quantise_groups_reference(x, bits, Noise(seed, start), group)
-
-
-@_quantise.register_kernel("cpu")
-def _(
-    x: Tensor, bits: int, seed: int, start: int, group: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     code = GroupCode(*empty_code(x, bits, group))
     columns = SUPERBLOCK * group
     whole = x.numel() // columns
@@ -281,25 +274,11 @@ def _dequantise(
     dtype: torch.dtype,
     group: int,
 ) -> Tensor:
-    code = GroupCode(codes, low, high, frame)
-    return dequantise_groups_reference(code, bits, numel, dtype, group)
-
-
-@_dequantise.register_kernel("cpu")
-def _(
-    codes: Tensor,
-    low: Tensor,
-    high: Tensor,
-    frame: Tensor,
-    bits: int,
-    numel: int,
-    dtype: torch.dtype,
-    group: int,
-) -> Tensor:
     base, _, step = _steps_of_groups(GroupCode(codes, low, high, frame), bits)
-    out = torch.empty(len(codes), group, dtype=dtype)
+    out = codes.new_empty(len(codes), group, dtype=dtype)
     for piece in tiles(len(codes), group, codes.device):
-        values = out[piece] if dtype == torch.float32 else torch.empty(out[piece].shape)
+        is_single = dtype == torch.float32
+        values = out[piece] if is_single else out.new_empty(out[piece].shape, dtype=torch.float32)
         planes = values.view(len(values), 8 // bits, -1)
         for plane in range(8 // bits):
             planes[:, plane].copy_(codes[piece] >> plane * bits & 2**bits - 1)

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from aal.compression.report import Report
 from aal.compression.session import Session
 from aal.indicator import IndicatorRecorder
-from aal.memory import MIB, preserved, saved_bytes
+from aal.memory import MIB, saved_bytes
+from aal.preserved import preserved
 from aal.training.command_line import UserError
 from aal.training.devices import Worker
 

@@ -225,6 +225,8 @@ class Run:
             self.folder.start(self.config)
         trainer.measure_saved_mib(loader)
         for epoch in range(first_epoch, self.settings.rounds):
+            if trainer.compression is not None:
+                trainer.compression.method.epoch = epoch
             row, indicator = self._epoch(trainer, loader, epoch, worker)
             if worker.is_main and trainer.compression is not None and epoch == 0:
                 self.folder.record_compression(str(trainer.compression_report))

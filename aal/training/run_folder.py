@@ -163,7 +163,8 @@ def check_agrees(path: Path, made_with: dict[str, Any], wanted: dict[str, Any]) 
     for name, value in wanted.items():
         if made_with.get(name, value) != value:
             flag = name.replace("_", "-")
-            raise UserError(f"{path} was made with --{flag} {made_with[name]}, not {value}")
+            made = str(made_with[name]).strip()  # the text of a file ends its last line
+            raise UserError(f"{path} was made with --{flag} {made}, not {value}")
 
 
 def environment() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What the tests of hazards share: sessions that compress tiny tensors, and what is right."""
 
 import copy
+import threading
 from collections.abc import Callable, Iterable
 
 import torch
@@ -39,6 +40,29 @@ def gradients(
     for leaf in leaves:
         leaf.grad = None
     return [y.detach(), *grads]
+
+
+def parameter_gradients(session: Session, x: Tensor) -> list[Tensor]:
+    """Of a session's model, for the same gradient of its output each time, in float64."""
+    with session:
+        y = session.model(x)
+    torch.manual_seed(5)
+    grads = torch.autograd.grad(y, list(session.model.parameters()), torch.randn_like(y))
+    return [grad.double() for grad in grads]
+
+
+def gradient(session: Session, x: Tensor) -> Tensor:
+    """``parameter_gradients`` as one vector."""
+    return torch.cat([grad.flatten() for grad in parameter_gradients(session, x)])
+
+
+def run_all(threads: Iterable[threading.Thread]) -> None:
+    """Run threads beside each other, and wait for all."""
+    threads = list(threads)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def assert_right(method: str, found: list[Tensor | None], expected: list[Tensor | None]) -> None:

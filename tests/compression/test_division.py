@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from hazard_models import resnet, vit
+from hazard_models import gradient, parameter_gradients, resnet, vit
 from torch import Tensor, nn
 
 import aal
@@ -26,18 +26,9 @@ class After(nn.Module):
         return self.layer(x * 1)
 
 
-def gradients(session: Session, x: Tensor) -> list[Tensor]:
-    """Of the parameters, in float64."""
-    with session:
-        y = session.model(x)
-    torch.manual_seed(5)
-    grads = torch.autograd.grad(y, list(session.model.parameters()), torch.randn_like(y))
-    return [grad.double() for grad in grads]
-
-
 def codecs_of_inputs(layer: nn.Module, *shape: int, **options) -> set[str]:
     session = aal.compress("division", model=After(layer), smallest=1, **options)
-    gradients(session, torch.randn(shape))
+    parameter_gradients(session, torch.randn(shape))
     return {row.codec for row in session.report().rows if row.note not in ("small", "sign")}
 
 
@@ -178,9 +169,9 @@ def outputs_of_relu(side: int) -> Iterator[tuple[int, int]]:
 @pytest.mark.parametrize("side", [6, 13])
 def test_convolutions_have_no_bias(side, bits):
     layer, x = After(nn.Conv2d(4, 3, 3, bias=False)), torch.randn(4, 4, side, side)
-    (exact,) = gradients(aal.compress("none", model=layer), x)
+    (exact,) = parameter_gradients(aal.compress("none", model=layer), x)
     session = aal.compress("division", model=layer, bits=bits, smallest=1)
-    draws = torch.stack([gradients(session, x)[0] for _ in range(300)])
+    draws = torch.stack([parameter_gradients(session, x)[0] for _ in range(300)])
     errors = (draws.mean(0) - exact) / (draws.var(0) / len(draws)).sqrt()
     assert errors.square().mean() < 1.4 and errors.abs().max() < 5
 
@@ -202,9 +193,9 @@ def test_layouts_and_dtypes(dtype, channels_last):
     layer, x = After(nn.Conv2d(4, 6, 3)).to(dtype), torch.randn(3, 4, 19, 10, dtype=dtype)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
-    exact = gradients(aal.compress("none", model=layer), x)
+    exact = parameter_gradients(aal.compress("none", model=layer), x)
     session = aal.compress("division", model=layer, bits=8, smallest=1)
-    for own, right in zip(gradients(session, x), exact, strict=True):
+    for own, right in zip(parameter_gradients(session, x), exact, strict=True):
         assert (own - right).norm() <= 0.02 * right.norm()
 
 
@@ -213,9 +204,11 @@ def test_layouts_and_dtypes(dtype, channels_last):
 def test_eight_bits_are_near_exact(make, faithful):
     model = make()
     x = torch.randn(8, 3, 32, 32) if make is resnet else torch.randn(8, 40, 16)
-    exact = torch.cat([g.flatten() for g in gradients(aal.compress("none", model=model), x)])
+    exact = torch.cat(
+        [g.flatten() for g in parameter_gradients(aal.compress("none", model=model), x)]
+    )
     session = aal.compress("division", model=model, bits=8, smallest=1, faithful=faithful)
-    found = torch.cat([g.flatten() for g in gradients(session, x)])
+    found = gradient(session, x)
     assert (found - exact).norm() <= 0.05 * exact.norm()
 
 

@@ -2,21 +2,12 @@
 
 import pytest
 import torch
-from hazard_models import resnet, vit
-from torch import Tensor, nn
+from hazard_models import gradient, resnet, vit
+from torch import nn
 
 import aal
 from aal.compression.fp8 import FORMATS, Scaled
-from aal.compression.session import Session
 from aal.ops.noise import Noise
-
-
-def gradient(session: Session, x: Tensor) -> Tensor:
-    with session:
-        y = session.model(x)
-    torch.manual_seed(5)
-    grads = torch.autograd.grad(y, list(session.model.parameters()), torch.randn_like(y))
-    return torch.cat([grad.double().flatten() for grad in grads])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

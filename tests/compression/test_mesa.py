@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hazard_models import Block, resnet, vit
+from hazard_models import Block, gradient, resnet, vit
 from torch import Tensor, nn
 
 import aal
@@ -44,14 +44,6 @@ class Attention(nn.Module):
 
 def session_of(model: nn.Module, **options) -> Session:
     return aal.compress("mesa", model=model, smallest=1, **options)
-
-
-def gradient(session: Session, x: Tensor) -> Tensor:
-    with session:
-        y = session.model(x)
-    torch.manual_seed(5)
-    grads = torch.autograd.grad(y, list(session.model.parameters()), torch.randn_like(y))
-    return torch.cat([grad.double().flatten() for grad in grads])
 
 
 def kept(session: Session) -> dict[str, set[str]]:

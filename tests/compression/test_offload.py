@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from hazard_models import run_all
 from helpers import assert_same_bits, train
 from torch import Tensor, nn
 
@@ -216,10 +217,7 @@ def test_several_threads(device):
                     failures.append(seed)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_all(threads)
     assert not failures
 
 

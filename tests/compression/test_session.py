@@ -19,6 +19,7 @@ from hazard_models import (
     assert_right,
     gradients,
     resnet,
+    run_all,
     session_of,
     vit,
 )
@@ -265,7 +266,7 @@ def test_a_boundary_is_no_mask_whatever_the_region_does_first(region, reentrant,
 @pytest.mark.parametrize("region", [torch.relu, F.relu, nn.ReLU()], ids=["C", "Python", "module"])
 def test_what_a_checkpoint_computes_again_is_no_boundary(region, reentrant):
     session, encoded, x = session_of("adaptive"), [], torch.randn(40, 9, requires_grad=True)
-    with session, session.sampling(lambda site, _: encoded.append(site)):
+    with session, session.sampling(lambda site, *_: encoded.append(site)):
         checkpoint(region, x * 1, use_reentrant=reentrant).sum().backward()
     assert len(encoded) == 1
 
@@ -444,10 +445,7 @@ def test_threads_with_sessions_of_their_own(method):
                 failures.append(error)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_all(threads)
     assert not failures
 
 
@@ -501,7 +499,7 @@ def test_distributed_data_parallel(tmp_path: Path):
     expected = [p.grad for p in model.parameters()]
     for method in METHODS:
         (seed, found), (other_seed, others) = (
-            torch.load(tmp_path / f"{method}{rank}") for rank in range(2)
+            torch.load(tmp_path / f"{method}{rank}", weights_only=True) for rank in range(2)
         )
         assert seed != other_seed
         assert_same_bits(found, others)
@@ -575,7 +573,7 @@ def test_saved_memory_is_what_the_report_says(build, method):
         with session:
             return model(x)
 
-    before, after = (saved_bytes(lambda f=f: f(x)) for f in (model, forward))
+    before, after = saved_bytes(model, x), saved_bytes(forward, x)
     assert after < before * (0.9 if method == "exact" else 0.5)
     report = session.report()
     assert after == pytest.approx(report.stored_bytes, rel=0.1)

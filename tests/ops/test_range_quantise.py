@@ -105,18 +105,6 @@ def test_last_group_has_its_own_range():
     assert quantise_ranges(x, 8, NOISE, faithful=True).low[:, 1].tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("faithful", [False, True], ids=["mended", "faithful"])
-@pytest.mark.parametrize("columns", [0, 1, 256, 300])
-def test_rows_may_have_bits_of_their_own(columns, faithful, device):
-    x = torch.randn(7, columns, device=device)
-    bits = [3, 8, 1, 2, 8, 5, 4]
-    y = decoded(x, bits, faithful=faithful)
-    for row, own in enumerate(bits):
-        noise = Noise(NOISE.seed, NOISE.start + row * columns)
-        assert_same_bits(y[row], decoded(x[row : row + 1], own, noise, faithful=faithful)[0])
-    assert_same_bits(decoded(x, torch.tensor(bits), faithful=faithful), y)
-
-
 def test_bytes_per_value():
     x = torch.randn(4, 64 * GROUP)
     for bits in range(1, 9):
@@ -125,8 +113,6 @@ def test_bytes_per_value():
         assert stored * 8 / x.numel() == bits + 0.125
     code = quantise_ranges(x, 4, NOISE, side_dtype=torch.float32)
     assert sum(t.numel() * t.element_size() for t in code) * 8 / x.numel() == 4.25
-    code = quantise_ranges(x, [1, 2, 4, 1], NOISE)
-    assert sum(t.numel() * t.element_size() for t in code) * 8 / x.numel() == 2.125
 
 
 def test_only_the_release_stores_what_fills_up_a_row():
@@ -225,7 +211,7 @@ def test_nobodys_random_state_is_touched():
     assert not torch.equal(decoded(x, 4), decoded(x, 4, Noise(NOISE.seed, NOISE.start + 1)))
 
 
-@pytest.mark.parametrize("bits", [[1, 2], [1, 2, 9], torch.tensor([0, 1, 2])], ids=str)
+@pytest.mark.parametrize("bits", [0, 9])
 def test_other_bits_are_refused(bits):
-    with pytest.raises(ValueError, match="1 to 8 for each of 3 rows"):
+    with pytest.raises(ValueError, match="1 to 8"):
         quantise_ranges(torch.randn(3, 5), bits, NOISE)

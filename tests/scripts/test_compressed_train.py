@@ -214,7 +214,7 @@ def test_a_policy_is_part_of_a_run(run: Callable, tmp_path: Path, stop_after: Ca
     assert "_mesa-tight_" in folder.name
     assert json.loads((folder / "config.json").read_text())["mesa_policy"] == policy.read_text()
     policy.write_text(policy.read_text().replace("16", "64"))
-    assert_refused(run(*words, "--resume"), "level: 16 , not on fc:")
+    assert_refused(run(*words, "--resume"), "level: 16, not on fc:")
 
 
 MISTAKES = {
@@ -253,3 +253,12 @@ def test_two_processes_train_together(run: Callable, tmp_path: Path, method: str
         shutil.rmtree(run_folder(tmp_path))
     if method == "exact":
         torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
+
+
+def test_a_policy_may_begin_with_a_later_epoch(run: Callable, tmp_path: Path):
+    policy = tmp_path / "later.txt"
+    policy.write_text("on fc: 1\n    by_index: all\n        enable: True\n")
+    run("ViT", "--mesa", "--mesa-policy", policy, "--get-li", *STEPS)
+    lines = (run_folder(tmp_path) / "metrics.jsonl").read_text().splitlines()
+    places = [{name for name in json.loads(line)["indicator"] if "[" in name} for line in lines]
+    assert len(places) == 2 and not places[0] and places[1]
