@@ -10,7 +10,6 @@ ResNet-50 in bfloat16, in bytes per pixel and inner channel. The numbers are cou
 each tensor gets under "adaptive" follows the random weights and images.
 """
 
-import functools
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -127,16 +126,10 @@ def blocks(tokens: int = 1024) -> dict[str, float]:
     x = torch.randn(1, tokens, sizes.width, dtype=torch.bfloat16, requires_grad=True)
     rows = {}
     for name, (options, compressor) in settings.items():
-        block = vit.Block(sizes, Method(**options)).bfloat16()
-        rows[name] = _per_unit(x, block, session_of(block, compressor))
-    block = vit.Block(sizes, Method()).bfloat16()
-
-    def checkpointed(x: Tensor) -> Tensor:
-        return checkpoint(block, x, use_reentrant=False)
-
-    rows["checkpoint"] = _per_unit(x, checkpointed, session_of(block, None))
-    session = session_of(block, ("adaptive", {"bits": 4}))
-    rows["checkpoint + adaptive 4 bit"] = _per_unit(x, checkpointed, session)
+        rows[name] = _per_unit(x, vit.Block(sizes, Method(**options)).bfloat16(), compressor)
+    block = Checkpointed(vit.Block(sizes, Method()).bfloat16())
+    rows["checkpoint"] = _per_unit(x, block, None)
+    rows["checkpoint + adaptive 4 bit"] = _per_unit(x, block, ("adaptive", {"bits": 4}))
     return rows
 
 
@@ -151,24 +144,50 @@ def bottlenecks(width: int = 64, side: int = 56) -> dict[str, float]:
     }
     rows = {}
     for name, (group, lean, compressor) in settings.items():
-        blocks = resnet_memory.bottleneck_group(width, group, lean)
-        chain = functools.partial(resnet_memory.through_group, blocks)
-        held = _per_unit(x, chain, session_of(blocks, compressor))
+        blocks = Group(resnet_memory.bottleneck_group(width, group, lean))
+        held = _per_unit(x, blocks, compressor)
         if compressor is None:  # the output, which the last ReLU keeps, belongs to the next group
             held -= x.itemsize
         rows[name] = round(held * 4 / group, 4)
     return rows
 
 
-def _per_unit(x: Tensor, module: Callable[[Tensor], Tensor], session: Session) -> float:
-    """Bytes held after the second pass of a copy of x, per element of x."""
+class Interior(nn.Module):
+    """A part of a network: its input belongs to it and to nobody else."""
 
-    def forward() -> Tensor:
+    def __init__(self, part: nn.Module):
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x.clone())
+
+
+class Checkpointed(Interior):
+    """A part that keeps its input and is computed again in backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.part, x, use_reentrant=False)
+
+
+class Group(Interior):
+    """A group of bottlenecks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return resnet_memory.through_group(self.part, x)
+
+
+def _per_unit(x: Tensor, part: nn.Module, compressor: Compressor | None) -> float:
+    """Bytes that a part of a network holds after its second pass, per element of its input x."""
+    model = Interior(part)
+    session = session_of(model, compressor)
+
+    def forward(x: Tensor) -> Tensor:
         with session:
-            return module(x.clone())
+            return model(x)
 
-    forward().float().square().mean().backward()
-    return round(saved_bytes(forward) / x.numel(), 4)
+    forward(x).float().square().mean().backward()
+    return round(saved_bytes(forward, x) / x.numel(), 4)
 
 
 def main() -> None:

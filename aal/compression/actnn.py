@@ -144,12 +144,10 @@ class ActNN(Method):
             return
         if payload.site not in self._looks:
             squares = payload.codec.squared_ranges(payload.tensors())
-            self._looks[payload.site] = _Look(squares, use.tensor.numel())
-        look = self._looks[payload.site]
-        look.sites.append(use.handle.site)
+            self._looks[payload.site] = _Look(payload.site, squares, use.tensor.numel())
         factor = _sensitivity_factor(use)
         if factor is not None:
-            use.node.register_prehook(look.learner(factor))
+            use.node.register_prehook(self._looks[payload.site].learner(factor))
 
     def _rows_of(self, x: Tensor) -> int:
         """Samples in a tensor: as many as there are in the first one of the forward pass.
@@ -187,8 +185,7 @@ class ActNN(Method):
         for look, mean in pairs:
             fewest = self._fewest(look)
             plan = self._solve(look.sums, look.sizes, max(mean, fewest), fewest)
-            for site in look.sites:
-                site.state["bits"] = sorted(plan, reverse=True)
+            look.site.state["bits"] = sorted(plan, reverse=True)
 
     def _mean_bits(self, layers: list[list[_Look]], target: float) -> list[float]:
         """Mean bits of each layer, such that those of all are ``target``."""
@@ -220,15 +217,16 @@ class _Look:
     """What one step shows of a payload.
 
     Args:
+        site: of the payload.
         squares: mean squared ranges of its rows: (rows,).
         numel: elements.
     """
 
-    def __init__(self, squares: Tensor, numel: int):
-        self.squares, self.numel, self.rows = squares, numel, squares.numel()
+    def __init__(self, site: Site, squares: Tensor, numel: int):
+        self.site, self.numel = site, numel
+        self.squares, self.rows = squares, squares.numel()
         self.sizes = _portions(self.rows, min(self.rows, _PORTIONS))  # in rows
         self.energy: Tensor | None = None  # what turns a squared range into C
-        self.sites: list[Site] = []  # of all that read it
 
     @property
     def is_layer(self) -> bool:

@@ -328,7 +328,12 @@ class Session:
         if isinstance(choice, Keep):
             self._keep(handle, tensor, consumer, choice.reason)
             return
-        key = (*place_of_elements(tensor), tensor.dtype, choice)
+        # Whoever asks for values approximately gets those that were encoded first.
+        key = (
+            *place_of_elements(tensor),
+            tensor.dtype,
+            choice if choice.is_exact else type(choice),
+        )
         x, stride = tensor, tensor.stride()
         if not choice.is_flat or not is_dense(tensor):
             key += (tensor.size(), stride)

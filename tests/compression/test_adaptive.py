@@ -213,3 +213,27 @@ def test_arguments_of_the_model_are_not_counted():
     assert rows["0[0]"].note == "argument of the model"
     assert (rows["0[0]"].raw_bytes, rows["0[0]"].stored_bytes) == (0, 0)
     assert session.report().raw_bytes == 128 * 64 * 4
+
+
+class TwoReaders(nn.Module):
+    """A tensor that two layers read, one of which hardly counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.strong, self.weak = (nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.strong(x) + 0.01 * self.weak(x)
+
+
+def test_elements_are_kept_once_whatever_bits_their_readers_would_get():
+    model, x = TwoReaders(), torch.randn(256, 64)
+    session = session_of("adaptive", model, bits=8)
+    gradient(session, x)
+    for site in session.sites:
+        site.state["bits"] = 2 if site.module == "weak" else 8
+    gradient(session, x)
+    rows = {row.site.split("[")[0]: row for row in session.report().rows}
+    assert rows["strong"].stored_bytes and not rows["weak"].stored_bytes
+    assert rows["weak"].note == "shares a payload" and rows["weak"].bits == 8
