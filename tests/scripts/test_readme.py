@@ -207,3 +207,21 @@ def test_its_scores_of_translation_are_the_recorded_ones():
         assert mib == f"{row['saved_mib']:.1f}"
         found = float(indicator.replace("−", "-"))
         assert found == pytest.approx(row["median_learning_indicator"], abs=0.000501)
+
+
+def test_its_bytes_of_compressors_are_the_recorded_ones():
+    record = _record("compression_memory")
+    rows = _table("| compressor | ResNet-50 |")
+    assert len(rows) == 14
+    for label, *cells in rows:
+        key = label.removesuffix(" PyTorch").replace("; no convolutions", "")
+        for network, (mib, times, _) in (("ResNet-50", cells[:3]), ("ViT-B_16", cells[3:])):
+            if mib != "–":
+                row = record[network][key]
+                assert float(mib) == pytest.approx(row["mib_per_image"], abs=0.0501)
+                assert float(times) == pytest.approx(row["times_less"], abs=0.00501)
+    blocks = record["block_bytes_per_token_and_hidden_unit"]
+    words = README[README.index("In bfloat16 one interior") :].split("\n\n")[0]
+    keys = ("plain", "asa1, lean approx", "asa1, lean approx + adaptive 4 bit")
+    for key in (*keys, "checkpoint + adaptive 4 bit"):
+        assert f"{blocks[key]:.2f}" in words
