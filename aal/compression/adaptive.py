@@ -16,6 +16,7 @@ from aal.ops.group_quantise import GROUP, GroupCode, rounding_variance, stored_b
 
 CHOICES = (2, 4, 8)
 _TOLERABLE = 0.1  # variance that one site may add, over the square of the gradient
+_APART = (3 / 2) ** 2  # variance at 2 bits where zero is apart, over that where it is not
 _CLEARLY = 2 / 3  # estimates of variances are right within a factor of a few
 
 
@@ -69,7 +70,8 @@ class Adaptive(Method):
         state = use.handle.site.state
         is_score = use.consumer.kind == "attention" and use.attribute in ("query", "key")
         least = state.setdefault("least", CHOICES[1] if is_score else CHOICES[0])
-        return Groups(state.get("bits", max(self._first_bits(), least)), self.group)
+        bits = state.get("bits", max(self._first_bits(), least))
+        return Groups(bits, self.group, apart=use.relu is not None)
 
     def begin_forward(self, session: Session) -> None:
         if self._look is not None and self._look.is_complete:
@@ -92,6 +94,8 @@ class Adaptive(Method):
             return
         if payload.site not in self._look.numels:
             variance = rounding_variance(GroupCode(*payload.tensors()), self.group)
+            if payload.codec.apart:
+                variance = variance * _APART
             self._look.add(payload.site, variance, numel)
         self._look.watch(payload.site, use, slope)
 

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from aal.compression.consumers import Interval
-from aal.ops.group_quantise import GROUP, GroupCode, dequantise_groups, quantise_groups
+from aal.ops.group_quantise import (
+    GROUP,
+    GroupCode,
+    dequantise_groups,
+    positive_groups,
+    quantise_groups,
+)
 from aal.ops.noise import Noise
 from aal.ops.pool_index import Window, pack_pool_index, unpack_pool_index
 from aal.ops.sign_pack import layout_in_rows, pack_sign, unpack_sign
@@ -174,16 +180,33 @@ class Groups:
     Args:
         bits: 1, 2, 4 or 8.
         group: elements that share a range.
+        apart: of outputs of ReLU: zero has a code of its own, so that ReLU's bit need not be kept.
     """
 
     bits: int  # type: ignore[assignment]
     group: int = GROUP
+    apart: bool = False
     name = "groups"
     is_flat = True
     is_exact = False
 
     def encode(self, x: Tensor, noise: Noise) -> Encoded:
-        return tuple(quantise_groups(x, self.bits, noise, self.group)), (x.numel(), x.dtype)
+        code = quantise_groups(x, self.bits, noise, self.group, self.apart)
+        return tuple(code), (x.numel(), x.dtype)
 
     def decode(self, tensors: tuple[Tensor, ...], meta: Any) -> Tensor:
-        return dequantise_groups(GroupCode(*tensors), self.bits, *meta, self.group)
+        return dequantise_groups(GroupCode(*tensors), self.bits, *meta, self.group, self.apart)
+
+
+@dataclass(frozen=True)
+class Positive:
+    """Which elements are above zero, read from what ``groups`` keeps with zero apart. Exact."""
+
+    groups: Groups
+    name = "mask"
+    is_flat = True
+    is_exact = True
+    bits: float | None = 0
+
+    def decode(self, tensors: tuple[Tensor, ...], meta: Any) -> Tensor:
+        return positive_groups(GroupCode(*tensors), self.groups.bits, *meta, self.groups.group)

@@ -27,6 +27,7 @@ class Use:
         node: the node, or None for the input of a checkpoint, whose nodes come later.
         consumer: what the node needs of it.
         attribute: the node's name for it.
+        relu: what the ReLU keeps that made the tensor, where that is a bit per element.
     """
 
     tensor: Tensor
@@ -34,6 +35,7 @@ class Use:
     node: Any
     consumer: Consumer
     attribute: str = ""
+    relu: Handle | None = None
 
 
 @dataclass(frozen=True)

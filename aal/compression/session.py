@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
-from aal.compression.codecs import Codec
+from aal.compression.codecs import Codec, Groups, Positive, Side
 from aal.compression.consumers import Consumer, Need, consumer_of
-from aal.compression.handle import Handle
+from aal.compression.handle import Handle, saved_by
 from aal.compression.method import Keep, Method, Use
 from aal.compression.recipes import Modules, Replay, parameter_place, recipe_of
 from aal.compression.report import Report, Row
@@ -291,7 +291,7 @@ class Session:
             return
         tensor = handle.tensor
         consumer = consumer_of(node, node.name(), attribute, tensor, handle.requires_grad)
-        self._decide(Use(tensor, handle, node, consumer, attribute))
+        self._decide(Use(tensor, handle, node, consumer, attribute, _relu_of(handle)))
 
     def _settle_all(self) -> None:
         for node in list(self._tips.values()):
@@ -320,10 +320,16 @@ class Session:
                 self._replace(handle, use.tensor, use.consumer, Replay(recipe), handle.stride)
                 self.method.settled(self, use)
                 return
-        self._apply(handle, self.method.choose(use), use.consumer)
+        self._apply(handle, self.method.choose(use), use.consumer, use.relu)
         self.method.settled(self, use)
 
-    def _apply(self, handle: Handle, choice: Codec | Keep, consumer: Consumer) -> None:
+    def _apply(
+        self,
+        handle: Handle,
+        choice: Codec | Keep,
+        consumer: Consumer,
+        relu: Handle | None = None,
+    ) -> None:
         tensor = handle.tensor
         if isinstance(choice, Keep):
             self._keep(handle, tensor, consumer, choice.reason)
@@ -348,8 +354,17 @@ class Session:
             payload = Payload(choice, kept, meta, store, handle.site)
             self._table.add(key, payload, tensor)
             self._replace(handle, tensor, consumer, payload, stride)
+            if isinstance(choice, Groups) and choice.apart:
+                self._drop_bits(relu, payload.read_by(Positive(choice)))
         else:
             self._replace(handle, tensor, consumer, payload, stride, is_shared=True)
+
+    def _drop_bits(self, relu: Handle, payload: Payload) -> None:
+        """Let a ReLU read its bits from what the next layer keeps."""
+        relu.replace(payload, relu.stride)
+        row = self._rows.get(relu.site)
+        if row is not None:
+            row.bits, row.stored_bytes, row.note = payload.codec.bits, 0, "shares a payload"
 
     def _keep(self, handle: Handle, tensor: Tensor, consumer: Consumer | None, reason: str) -> None:
         handle.keep(self._outer)
@@ -447,6 +462,17 @@ def _active_hooks() -> tuple[tuple[Callable, Callable] | None, Any]:
     """The innermost pair of saved-tensor hooks, if any, and whose method packs."""
     pair = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return pair, getattr(pair[0], "__self__", None) if pair is not None else None
+
+
+def _relu_of(handle: Handle) -> Handle | None:
+    """What a ReLU keeps of its output, if the pending tensor is that output and one bit is kept."""
+    node = handle.grad_fn
+    if node is None or node.name() != "ReluBackward0":
+        return None
+    result = saved_by(node, "result")
+    if result is None or result.payload is None or not isinstance(result.payload.codec, Side):
+        return None
+    return result if result.version == handle.version else None
 
 
 def _is_parameter(tensor: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """Memory of saved tensors: which elements of a storage they are, and where payloads are kept."""
 
+import copy
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -96,6 +97,12 @@ class Payload:
     def tensors(self) -> tuple[Tensor, ...]:
         """What the codec keeps, on its device."""
         return tuple(self.store.get(item) for item in self.items)
+
+    def read_by(self, codec: Any) -> "Payload":
+        """The same kept tensors, decoded by another codec."""
+        other = copy.copy(self)
+        other.codec, other.num_bytes = codec, 0
+        return other
 
     def decode(self) -> Tensor:
         """The tensor, or what is left of it; may be called any number of times."""

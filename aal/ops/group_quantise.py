@@ -13,6 +13,9 @@ Values that are not finite, or beyond ``LIMIT``, widen no range: they decode to 
 group's range, and NaN to the lower one. A group of nothing else decodes to the lower end of its
 frame, a range below ``TINY`` to its own.
 
+Of what is never negative, zero can have a code of its own (``apart``): 0 stands for nothing else,
+and the range is divided by the other codes. Which values are above zero is then exact.
+
 Byte ``j`` of a group's ``group * bits / 8`` bytes holds the elements ``j``, ``j + group * bits /
 8`` and so on, from its lowest bits to its highest: a pass handles whole words of neighbours.
 
@@ -58,7 +61,9 @@ def stored_bits(bits: int, group: int) -> float:
     return bits + 2 * 8 / group + 2 * 32 / (SUPERBLOCK * group)
 
 
-def quantise_groups(x: Tensor, bits: int, noise: Noise, group: int = GROUP) -> GroupCode:
+def quantise_groups(
+    x: Tensor, bits: int, noise: Noise, group: int = GROUP, apart: bool = False
+) -> GroupCode:
     """Encode ``x``, rounding element i by number i of ``noise``.
 
     Args:
@@ -66,42 +71,73 @@ def quantise_groups(x: Tensor, bits: int, noise: Noise, group: int = GROUP) -> G
         bits: of a code, one of ``BITS``.
         noise: decides between the two codes next to a value.
         group: elements that share a range, a multiple of 64 up to 1024.
+        apart: ``x`` is nowhere negative, and zero gets a code of its own. Takes 2 bits at least.
 
     Raises:
         ValueError: ``bits`` or ``group`` is none of these.
     """
-    _check(bits, group)
-    return GroupCode(*_quantise(x.contiguous(), bits, noise.seed, noise.start, group))
+    _check(bits, group, apart)
+    return GroupCode(*_quantise(x.contiguous(), bits, noise.seed, noise.start, group, apart))
 
 
 def dequantise_groups(
-    code: GroupCode, bits: int, numel: int, dtype: torch.dtype, group: int = GROUP
+    code: GroupCode,
+    bits: int,
+    numel: int,
+    dtype: torch.dtype,
+    group: int = GROUP,
+    apart: bool = False,
 ) -> Tensor:
     """Decode what ``quantise_groups`` returned for ``numel`` elements: (numel,) of ``dtype``."""
-    _check(bits, group)
-    return _dequantise(*code, bits, numel, dtype, group)
+    _check(bits, group, apart)
+    return _dequantise(*code, bits, numel, dtype, group, apart)
+
+
+def positive_groups(
+    code: GroupCode, bits: int, numel: int, dtype: torch.dtype, group: int = GROUP
+) -> Tensor:
+    """Which of ``numel`` elements were above zero, of those kept with zero apart.
+
+    Returns:
+        (numel,) of ``dtype``: 1 where they were, else 0.
+    """
+    _check(bits, group, apart=True)
+    out = code.codes.new_empty(len(code.codes), 8 // bits, group * bits // 8, dtype=dtype)
+    for plane in range(8 // bits):
+        out[:, plane] = (code.codes & (2**bits - 1) << plane * bits) > 0
+    return out.view(-1)[:numel]
 
 
 def rounding_variance(code: GroupCode, group: int = GROUP) -> Tensor:
     """Sum over all elements of the variance that rounding to one bit adds, () float32.
 
-    Rounding to ``bits`` bits adds it divided by ``(2 ** bits - 1) ** 2``. For values spread evenly
-    between two codes a step d apart the variance is d ** 2 / 6. A ragged last group counts whole.
+    Rounding to L steps adds it divided by ``L ** 2``; of ``bits`` bits L is ``2 ** bits - 1``, or
+    one less with zero apart. For values spread evenly between two codes a step d apart the variance
+    is d ** 2 / 6. A ragged last group counts whole.
     """
-    width = _steps_of_groups(code, bits=1)[2]
+    width = _steps_of_groups(code, levels=1)[2]
     return width.square().sum() * (group / 6)
 
 
-def _check(bits: int, group: int) -> None:
+def _check(bits: int, group: int, apart: bool) -> None:
     if bits not in BITS:
         raise ValueError(f"bits must be one of {BITS}, got {bits}")
+    if apart and bits == 1:
+        raise ValueError("bits must be more than 1 to keep zero apart")
     if group % _GROUP_MULTIPLE or not 0 < group <= _GROUP_MAX:
         raise ValueError(
             f"group must be a multiple of {_GROUP_MULTIPLE} up to {_GROUP_MAX}, got {group}"
         )
 
 
-def quantise_groups_reference(x: Tensor, bits: int, noise: Noise, group: int) -> GroupCode:
+def _levels(bits: int, apart: bool) -> int:
+    """Steps between the ends of a range."""
+    return 2**bits - 1 - apart
+
+
+def quantise_groups_reference(
+    x: Tensor, bits: int, noise: Noise, group: int, apart: bool = False
+) -> GroupCode:
     """Definition of the code."""
     groups = -(-x.numel() // group)
     superblocks = -(-groups // SUPERBLOCK)
@@ -111,10 +147,13 @@ def quantise_groups_reference(x: Tensor, bits: int, noise: Noise, group: int) ->
     least = torch.where(usable, values, torch.inf).amin(2)
     largest = torch.where(usable, values, -torch.inf).amax(2)
     ranges = _encode_ranges(least, largest)
-    base, scale, _ = (each.unsqueeze(-1) for each in _steps(*ranges, bits))
+    levels = _levels(bits, apart)
+    base, scale, _ = (each.unsqueeze(-1) for each in _steps(*ranges, levels))
     numbers = noise.numbers(values.numel(), x.device).view_as(values)
     place = (values - base) * scale + numbers
-    codes = place.nan_to_num(nan=0.0).clamp(0, 2**bits - 1).to(torch.uint8)
+    codes = place.nan_to_num(nan=0.0).clamp(0, levels).to(torch.uint8)
+    if apart:
+        codes += F.pad(x > 0, (0, padding)).view_as(codes)
     planes = codes.view(superblocks * SUPERBLOCK, 8 // bits, group * bits // 8)
     low, high, frame = ranges
     packed = (planes << _plane_shifts(bits, x.device)).sum(1, dtype=torch.uint8)
@@ -122,12 +161,15 @@ def quantise_groups_reference(x: Tensor, bits: int, noise: Noise, group: int) ->
 
 
 def dequantise_groups_reference(
-    code: GroupCode, bits: int, numel: int, dtype: torch.dtype, group: int
+    code: GroupCode, bits: int, numel: int, dtype: torch.dtype, group: int, apart: bool = False
 ) -> Tensor:
     """Definition of the decoded numbers."""
     planes = code.codes.unsqueeze(1) >> _plane_shifts(bits, code.codes.device) & 2**bits - 1
-    base, _, step = _steps_of_groups(code, bits)
-    values = planes.view(-1, group) * step + base
+    base, _, step = _steps_of_groups(code, _levels(bits, apart))
+    codes = planes.view(-1, group).float()
+    if apart:  # with a zero among them, the lower end of a group's range is zero
+        codes = codes.clamp_min(1) - 1
+    values = codes * step + base
     return values.view(-1)[:numel].to(dtype)
 
 
@@ -171,25 +213,25 @@ def _divide(x: Tensor, number: int) -> Tensor:
     return x / torch.full_like(x, number)
 
 
-def _steps(low: Tensor, high: Tensor, frame: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Value of code 0, codes per unit and units per code of every group, float32."""
+def _steps(low: Tensor, high: Tensor, frame: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Lower end, steps per unit and units per step of every group, float32."""
     base = _on_grid(low, frame)
     width = _on_grid(high, frame) - base
     width = torch.where(width < TINY, 0, width)
-    step = _divide(width, 2**bits - 1)
+    step = _divide(width, levels)
     return base, torch.where(width > 0, 1 / step, 0), step
 
 
-def _steps_of_groups(code: GroupCode, bits: int) -> list[Tensor]:
+def _steps_of_groups(code: GroupCode, levels: int) -> list[Tensor]:
     """``_steps`` as (groups, 1), from a code whose last superblock need not be full."""
     padding = (0, -len(code.low) % SUPERBLOCK)
     low, high = (F.pad(end, padding).view(-1, SUPERBLOCK) for end in (code.low, code.high))
-    return [each.view(-1, 1)[: len(code.low)] for each in _steps(low, high, code.frame, bits)]
+    return [each.view(-1, 1)[: len(code.low)] for each in _steps(low, high, code.frame, levels)]
 
 
 @torch.library.custom_op("aal::quantise_groups", mutates_args=())
 def _quantise(
-    x: Tensor, bits: int, seed: int, start: int, group: int
+    x: Tensor, bits: int, seed: int, start: int, group: int, apart: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     code = GroupCode(*empty_code(x, bits, group))
     columns = SUPERBLOCK * group
@@ -198,9 +240,10 @@ def _quantise(
         first = piece.start * columns
         values = x[first : piece.stop * columns]
         noise = Noise(seed, start + first)
-        tile = _quantise_usable(values, bits, noise, group) if piece.start < whole else None
+        how = bits, noise, group, apart
+        tile = _quantise_usable(values, *how) if piece.start < whole else None
         if tile is None:
-            tile = quantise_groups_reference(values, bits, noise, group)
+            tile = quantise_groups_reference(values, *how)
         groups = slice(piece.start * SUPERBLOCK, piece.stop * SUPERBLOCK)
         for kept, new in zip(code[:3], tile[:3], strict=True):
             kept[groups] = new
@@ -208,21 +251,26 @@ def _quantise(
     return tuple(code)
 
 
-def _quantise_usable(x: Tensor, bits: int, noise: Noise, group: int) -> GroupCode | None:
+def _quantise_usable(
+    x: Tensor, bits: int, noise: Noise, group: int, apart: bool
+) -> GroupCode | None:
     """The code of whole superblocks, or None if a value is not finite or too large."""
     values = x.view(-1, group).float()
     least, largest = (end.view(-1, SUPERBLOCK) for end in (values.amin(1), values.amax(1)))
     if not torch.stack([-least, largest]).amax() <= LIMIT:  # NaN is not, either
         return None
     low, high, frame = _encode_ranges(least, largest)
-    base, scale, _ = (each.view(-1, 1) for each in _steps(low, high, frame, bits))
+    levels = _levels(bits, apart)
+    base, scale, _ = (each.view(-1, 1) for each in _steps(low, high, frame, levels))
     place = torch.sub(values, base).mul_(scale)
     for first in range(0, x.numel(), CHUNK):
         piece = place.view(-1)[first : first + CHUNK]
         piece.add_(noise.piece(first, len(piece), x.device))
     # No place is below 0, but for rounding that the conversion cuts off: ranges hold their values.
-    place.clamp_max_(2**bits - 1)
+    place.clamp_max_(levels)
     codes = place.to(torch.int8 if bits < 8 else torch.uint8)  # to int8 is several times as fast
+    if apart:
+        codes += x.view_as(codes) > 0
     return GroupCode(_pack(codes, bits), low.view(-1), high.view(-1), frame)
 
 
@@ -240,14 +288,14 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
 
 
 @_quantise.register_kernel("cuda")
-def _(x: Tensor, bits: int, seed: int, start: int, group: int):
+def _(x: Tensor, bits: int, seed: int, start: int, group: int, apart: bool):
     from aal.ops.group_quantise_triton import quantise_groups_triton
 
-    return tuple(quantise_groups_triton(x, bits, Noise(seed, start), group))
+    return tuple(quantise_groups_triton(x, bits, Noise(seed, start), group, apart))
 
 
 @_quantise.register_fake
-def _(x: Tensor, bits: int, seed: int, start: int, group: int):
+def _(x: Tensor, bits: int, seed: int, start: int, group: int, apart: bool):
     return empty_code(x, bits, group)
 
 
@@ -273,15 +321,18 @@ def _dequantise(
     numel: int,
     dtype: torch.dtype,
     group: int,
+    apart: bool,
 ) -> Tensor:
-    base, _, step = _steps_of_groups(GroupCode(codes, low, high, frame), bits)
+    code = GroupCode(codes, low, high, frame)
+    base, _, step = _steps_of_groups(code, _levels(bits, apart))
     out = codes.new_empty(len(codes), group, dtype=dtype)
     for piece in tiles(len(codes), group, codes.device):
         is_single = dtype == torch.float32
         values = out[piece] if is_single else out.new_empty(out[piece].shape, dtype=torch.float32)
         planes = values.view(len(values), 8 // bits, -1)
         for plane in range(8 // bits):
-            planes[:, plane].copy_(codes[piece] >> plane * bits & 2**bits - 1)
+            own = codes[piece] >> plane * bits & 2**bits - 1
+            planes[:, plane].copy_(own.clamp_min_(1).sub_(1) if apart else own)
         values.mul_(step[piece]).add_(base[piece])
         if dtype != torch.float32:
             out[piece] = values
@@ -298,13 +349,14 @@ def _(
     numel: int,
     dtype: torch.dtype,
     group: int,
+    apart: bool,
 ) -> Tensor:
     from aal.ops.group_quantise_triton import dequantise_groups_triton
 
     code = GroupCode(codes, low, high, frame)
-    return dequantise_groups_triton(code, bits, numel, dtype, group)
+    return dequantise_groups_triton(code, bits, numel, dtype, group, apart)
 
 
 @_dequantise.register_fake
-def _(codes: Tensor, low, high, frame, bits: int, numel: int, dtype: torch.dtype, group: int):
+def _(codes: Tensor, low, high, frame, bits: int, numel: int, dtype: torch.dtype, group, apart):
     return codes.new_empty(numel, dtype=dtype)

@@ -42,6 +42,7 @@ def _quantise_kernel(
     groups,
     start,
     BITS: tl.constexpr,
+    APART: tl.constexpr,
     GROUP: tl.constexpr,
     SUPERBLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -78,7 +79,7 @@ def _quantise_kernel(
     tl.store(low + group, low_place.to(tl.int32).to(tl.uint8), mask=group < groups)
     tl.store(high + group, high_place.to(tl.int32).to(tl.uint8), mask=group < groups)
 
-    LEVELS: tl.constexpr = 2**BITS - 1
+    LEVELS: tl.constexpr = 2**BITS - 1 - APART
     base = _on_grid(low_place, first, last)
     step = _step(base, _on_grid(high_place, first, last), LEVELS, TINY)
     one = tl.full([SUPERBLOCK], 1.0, tl.float32)
@@ -93,10 +94,13 @@ def _quantise_kernel(
         for plane in tl.static_range(8 // BITS):
             offset = own + byte + plane * GROUP_BYTES
             element = superblock * (SUPERBLOCK * GROUP) + offset
-            value = tl.load(x + element, mask=element < numel, other=float("nan")).to(tl.float32)
-            place = (value - base[:, None]) * scale[:, None] + tl.load(noise + offset)
+            value = tl.load(x + element, mask=element < numel, other=float("nan"))
+            place = value.to(tl.float32) - base[:, None]
+            place = place * scale[:, None] + tl.load(noise + offset)
             place = tl.where(place == place, place, 0.0)
             code = tl.minimum(tl.maximum(place, 0.0), LEVELS * 1.0).to(tl.int32)
+            if APART:
+                code += (value > 0).to(tl.int32)
             packed |= code << (plane * BITS)
         target = codes + group[:, None] * GROUP_BYTES + byte
         tl.store(target, packed.to(tl.uint8), mask=(group < groups)[:, None])
@@ -112,6 +116,7 @@ def _dequantise_kernel(
     numel,
     groups,
     BITS: tl.constexpr,
+    APART: tl.constexpr,
     GROUP: tl.constexpr,
     SUPERBLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -124,7 +129,7 @@ def _dequantise_kernel(
     first = tl.load(frame, mask=some, other=0.0).to(tl.float64)
     last = tl.load(frame + 1, mask=some, other=0.0).to(tl.float64)
     base = _on_grid(tl.load(low + group, mask=some, other=0), first, last)
-    LEVELS: tl.constexpr = 2**BITS - 1
+    LEVELS: tl.constexpr = 2**BITS - 1 - APART
     top = _on_grid(tl.load(high + group, mask=some, other=0), first, last)
     step = _step(base, top, LEVELS, TINY)
 
@@ -134,13 +139,17 @@ def _dequantise_kernel(
         source = codes + group[:, None] * GROUP_BYTES + byte
         packed = tl.load(source, mask=some[:, None], other=0).to(tl.int32)
         for plane in tl.static_range(8 // BITS):
-            code = (packed >> (plane * BITS)) & LEVELS
+            code = (packed >> (plane * BITS)) & (2**BITS - 1)
+            if APART:
+                code = tl.maximum(code - 1, 0)
             value = code.to(tl.float32) * step[:, None] + base[:, None]
             element = group[:, None] * GROUP + byte + plane * GROUP_BYTES
             tl.store(out + element, value.to(out.dtype.element_ty), mask=element < numel)
 
 
-def quantise_groups_triton(x: Tensor, bits: int, noise: Noise, group: int) -> GroupCode:
+def quantise_groups_triton(
+    x: Tensor, bits: int, noise: Noise, group: int, apart: bool = False
+) -> GroupCode:
     """``quantise_groups_reference`` as one kernel: reads each element twice, once from a cache."""
     x = x.contiguous()
     code = GroupCode(*empty_code(x, bits, group))
@@ -154,6 +163,7 @@ def quantise_groups_triton(x: Tensor, bits: int, noise: Noise, group: int) -> Gr
                 len(code.low),
                 noise.start % PERIOD,
                 BITS=bits,
+                APART=apart,
                 GROUP=group,
                 SUPERBLOCK=SUPERBLOCK,
                 COLUMNS=_COLUMNS,
@@ -168,7 +178,7 @@ def quantise_groups_triton(x: Tensor, bits: int, noise: Noise, group: int) -> Gr
 
 
 def dequantise_groups_triton(
-    code: GroupCode, bits: int, numel: int, dtype: torch.dtype, group: int
+    code: GroupCode, bits: int, numel: int, dtype: torch.dtype, group: int, apart: bool = False
 ) -> Tensor:
     """``dequantise_groups_reference`` as one kernel."""
     code = GroupCode(*(field.contiguous() for field in code))
@@ -182,6 +192,7 @@ def dequantise_groups_triton(
                 numel,
                 groups,
                 BITS=bits,
+                APART=apart,
                 GROUP=group,
                 SUPERBLOCK=SUPERBLOCK,
                 GROUPS=_GROUPS_PER_PROGRAM,

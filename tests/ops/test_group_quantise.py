@@ -16,6 +16,7 @@ from aal.ops.group_quantise import (
     GroupCode,
     dequantise_groups,
     dequantise_groups_reference,
+    positive_groups,
     quantise_groups,
     quantise_groups_reference,
     stored_bits,
@@ -24,13 +25,16 @@ from aal.ops.noise import CHUNK, PERIOD, Noise
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 GROUPS = (64, 192, 256, 1024)
+KINDS = [(bits, False) for bits in BITS] + [(bits, True) for bits in BITS[1:]]  # zero apart or not
 NOISE = Noise(seed=3, start=PERIOD - 100)  # reads over the end of the table
 SIZES = (0, 1, 63, 64, 257, 64 * 64, 64 * 64 + 1, 100_000)
 
 
-def round_trip(x: Tensor, bits: int, noise: Noise = NOISE, group: int = GROUP) -> Tensor:
-    code = quantise_groups(x, bits, noise, group)
-    return dequantise_groups(code, bits, x.numel(), x.dtype, group)
+def round_trip(
+    x: Tensor, bits: int, noise: Noise = NOISE, group: int = GROUP, apart: bool = False
+) -> Tensor:
+    code = quantise_groups(x, bits, noise, group, apart)
+    return dequantise_groups(code, bits, x.numel(), x.dtype, group, apart)
 
 
 def rows_of(x: Tensor, group: int) -> Tensor:
@@ -129,18 +133,19 @@ def test_decoded_ranges_hold_every_value():
 # Implementations
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits, apart", KINDS)
 @pytest.mark.parametrize("numel", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("inputs", ["normal", "awkward"])
-def test_equals_its_definition(bits, numel, dtype, inputs, device):
+def test_equals_its_definition(bits, apart, numel, dtype, inputs, device):
     x = (torch.randn(numel).to(dtype) if inputs == "normal" else awkward(numel, dtype)).to(device)
-    group = GROUPS[numel % 4]
-    code = quantise_groups(x, bits, NOISE, group)
-    assert_same_code(code, quantise_groups_reference(x, bits, NOISE, group))
-    decoded = dequantise_groups(code, bits, numel, dtype, group)
+    x, group = x.relu() if apart else x, GROUPS[numel % 4]
+    code = quantise_groups(x, bits, NOISE, group, apart)
+    assert_same_code(code, quantise_groups_reference(x, bits, NOISE, group, apart))
+    decoded = dequantise_groups(code, bits, numel, dtype, group, apart)
     assert decoded.shape == (numel,)
-    assert_same_bits(decoded, dequantise_groups_reference(code, bits, numel, dtype, group))
+    expected = dequantise_groups_reference(code, bits, numel, dtype, group, apart)
+    assert_same_bits(decoded, expected)
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -164,11 +169,12 @@ def test_tensor_of_several_tiles_and_many_groups_equals_the_definition(device):
     assert_same_bits(decoded, dequantise_groups_reference(code, 2, x.numel(), x.dtype, 64))
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits, apart", KINDS)
 @pytest.mark.parametrize("numel", [0, 1, 300, 64 * 64, 64 * 64 * 2 + 1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_kernels_equal_the_definition(bits, numel, dtype, device):
-    check_kernels(awkward(numel, dtype).to(device), bits, 64)
+def test_kernels_equal_the_definition(bits, apart, numel, dtype, device):
+    x = awkward(numel, dtype).to(device)
+    check_kernels(x.relu() if apart else x, bits, 64, apart)
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -177,17 +183,17 @@ def test_kernels_equal_the_definition_for_every_group_size(bits, group, device):
     check_kernels((torch.randn(66 * group + 5) * 100 + 3).to(device), bits, group)
 
 
-def check_kernels(x: Tensor, bits: int, group: int) -> None:
+def check_kernels(x: Tensor, bits: int, group: int, apart: bool = False) -> None:
     pytest.importorskip("triton")
     from aal.ops.group_quantise_triton import dequantise_groups_triton, quantise_groups_triton
 
     if not x.is_cuda and torch.cuda.is_available():
         pytest.skip("the kernels are compiled here, not interpreted")
     with np.errstate(all="ignore"):  # the interpreter's warnings about infinities
-        code = quantise_groups_triton(x, bits, NOISE, group)
-        decoded = dequantise_groups_triton(code, bits, x.numel(), x.dtype, group)
-    assert_same_code(code, quantise_groups_reference(x, bits, NOISE, group))
-    expected = dequantise_groups_reference(code, bits, x.numel(), x.dtype, group)
+        code = quantise_groups_triton(x, bits, NOISE, group, apart)
+        decoded = dequantise_groups_triton(code, bits, x.numel(), x.dtype, group, apart)
+    assert_same_code(code, quantise_groups_reference(x, bits, NOISE, group, apart))
+    expected = dequantise_groups_reference(code, bits, x.numel(), x.dtype, group, apart)
     # The interpreter cuts bfloat16 off where the compiled kernel rounds.
     one_off = 2**-7 if x.dtype == torch.bfloat16 and not x.is_cuda else 0
     torch.testing.assert_close(decoded, expected, rtol=one_off, atol=0)
@@ -201,13 +207,13 @@ def test_takes_the_bytes_it_says():
         assert 8 * stored == stored_bits(bits, group) * groups * group
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_obeys_the_rules_of_custom_operators(bits, device):
+@pytest.mark.parametrize("bits, apart", KINDS)
+def test_obeys_the_rules_of_custom_operators(bits, apart, device):
     for numel in (0, 500):
-        x = awkward(numel).to(device)
-        torch.library.opcheck(torch.ops.aal.quantise_groups.default, (x, bits, *NOISE, 64))
-        code = quantise_groups(x, bits, NOISE, 64)
-        arguments = (*code, bits, numel, torch.bfloat16, 64)
+        x = awkward(numel).relu().to(device)
+        torch.library.opcheck(torch.ops.aal.quantise_groups.default, (x, bits, *NOISE, 64, apart))
+        code = quantise_groups(x, bits, NOISE, 64, apart)
+        arguments = (*code, bits, numel, torch.bfloat16, 64, apart)
         torch.library.opcheck(torch.ops.aal.dequantise_groups.default, arguments)
 
 
@@ -219,9 +225,41 @@ def test_refuses_what_it_cannot_encode():
             quantise_groups(x, bits, NOISE, group)
         with pytest.raises(ValueError, match="must be"):
             dequantise_groups(code, bits, 100, torch.float32, group)
+    with pytest.raises(ValueError, match="more than 1"):
+        quantise_groups(x, 1, NOISE, apart=True)
 
 
 # What is decoded
+
+
+@pytest.mark.parametrize("bits", BITS[1:])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("numel", SIZES)
+def test_zero_apart_tells_what_is_positive(numel, dtype, bits, device):
+    """Bit for bit, for the smallest and largest numbers too, and where a group has no zero."""
+    x = awkward(numel, dtype).relu().nan_to_num(nan=0.0).to(device)
+    x[:700] += torch.finfo(dtype).tiny
+    code = quantise_groups(x, bits, NOISE, 64, apart=True)
+    assert_same_bits(positive_groups(code, bits, numel, dtype, 64), (x > 0).to(dtype))
+    assert (dequantise_groups(code, bits, numel, dtype, 64, apart=True)[x == 0] == 0).all()
+
+
+@pytest.mark.parametrize("bits", BITS[1:])
+def test_zero_apart_divides_the_range_by_one_step_less(bits):
+    """One draw is next to the value, and the mean of many draws is the value."""
+    draws, levels = 400, 2**bits - 2
+    x = (torch.rand(640) * 3).where(torch.rand(640) < 0.5, 0)
+    x[::64], x[1::64] = 0, 3
+    starts = torch.randint(PERIOD, (draws,)).tolist()
+    decoded = [round_trip(x, bits, Noise(0, start), 64, apart=True) for start in starts]
+    places = torch.stack(decoded).double() / (3 / levels)
+    assert (places - places.round()).abs().max() < 1e-4
+    part = x.double() / (3 / levels)
+    assert ((places - part).abs() < 1 + 1e-4).all()
+    standard_error = (part % 1 * (1 - part % 1) / draws).sqrt()
+    deviation = places.mean(0) - part
+    assert (deviation.abs() <= 5.3 * standard_error + 9.3 / draws + 1e-4).all()
+    assert abs(deviation.sum()) < 4 * standard_error.square().sum().sqrt()
 
 
 @pytest.mark.parametrize("bits", BITS)
