@@ -134,7 +134,10 @@ def blocks(tokens: int = 1024) -> dict[str, float]:
 
 
 def bottlenecks(width: int = 64, side: int = 56) -> dict[str, float]:
-    """Bytes per pixel and inner channel of one block, in bfloat16; groups of two under ARA."""
+    """Bytes per pixel and inner channel of one block, in bfloat16; groups of two under ARA.
+
+    By what a second group adds to a first one: the tensor between the two is kept once for both.
+    """
     x = torch.randn(BATCH, 4 * width, side, side, dtype=torch.bfloat16, requires_grad=True)
     settings: dict[str, tuple[int, bool, Compressor | None]] = {
         "plain": (1, False, None),
@@ -144,11 +147,9 @@ def bottlenecks(width: int = 64, side: int = 56) -> dict[str, float]:
     }
     rows = {}
     for name, (group, lean, compressor) in settings.items():
-        blocks = Group(resnet_memory.bottleneck_group(width, group, lean))
-        held = _per_unit(x, blocks, compressor)
-        if compressor is None:  # the output, which the last ReLU keeps, belongs to the next group
-            held -= x.itemsize
-        rows[name] = round(held * 4 / group, 4)
+        groups = [Group(resnet_memory.bottleneck_group(width, group, lean)) for _ in range(2)]
+        one, two = (_per_unit(x, nn.Sequential(*groups[:n]), compressor) for n in (1, 2))
+        rows[name] = round((two - one) * 4 / group, 4)
     return rows
 
 
@@ -170,11 +171,15 @@ class Checkpointed(Interior):
         return checkpoint(self.part, x, use_reentrant=False)
 
 
-class Group(Interior):
+class Group(nn.Module):
     """A group of bottlenecks."""
 
+    def __init__(self, blocks: nn.ModuleList):
+        super().__init__()
+        self.blocks = blocks
+
     def forward(self, x: Tensor) -> Tensor:
-        return resnet_memory.through_group(self.part, x)
+        return resnet_memory.through_group(self.blocks, x)
 
 
 def _per_unit(x: Tensor, part: nn.Module, compressor: Compressor | None) -> float:

@@ -23,6 +23,9 @@ _CLEARLY = 2 / 3  # estimates of variances are right within a factor of a few
 class Adaptive(Method):
     """Exact masks, shapes and indices; recipes; all other values in 2, 4 or 8 bits.
 
+    Where a layer keeps the output of a ReLU, one of the codes is zero's alone and says which
+    elements were positive: ReLU itself keeps nothing.
+
     Bits are chosen for each site so that the gradient's variance is least while the mean over all
     elements that are kept in bits stays at ``bits``, or the bytes of a forward pass at ``budget``.
     Until the first backward pass has shown the gradients, all sites have the same, and they keep it
