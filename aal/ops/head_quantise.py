@@ -36,7 +36,9 @@ def updated_ranges(
 ) -> Ranges:
     """The running ranges after a batch.
 
-    ``faithful`` counts NaN and infinity, which stay in the ranges for ever.
+    A group that nothing is known of, which has no width at zero, gets the range of the batch: its
+    first batch may be empty, or hold nothing finite. ``faithful`` counts NaN and infinity, which
+    stay in the ranges for ever.
 
     Args:
         x: (B, C), (B, N, C) or of four dimensions.
@@ -57,16 +59,18 @@ def updated_ranges(
     others = [other for other in range(x.dim()) if other != dim]
     if faithful:
         low, high = x.amin(others).float(), x.amax(others).float()
-        width = high - low
+        width, kept = high - low, decay
     else:
         low = x.nan_to_num(torch.inf, torch.inf, torch.inf).amin(others).float()
         high = x.nan_to_num(-torch.inf, -torch.inf, -torch.inf).amax(others).float()
         seen = low <= high  # or nothing in the group is finite
         low = torch.where(seen, low, ranges.low)
-        width = torch.where(seen, high - low, ranges.width)
-    return Ranges(
-        decay * ranges.low + (1 - decay) * low, decay * ranges.width + (1 - decay) * width
-    )
+        # A width that float32 does not hold would stay infinite.
+        width = (high - low).clamp(max=torch.finfo(torch.float32).max)
+        width = torch.where(seen, width, ranges.width)
+        is_known = (ranges.low != 0) | (ranges.width != 0)
+        kept = decay * is_known.float()
+    return Ranges(kept * ranges.low + (1 - kept) * low, kept * ranges.width + (1 - kept) * width)
 
 
 def quantise_heads(

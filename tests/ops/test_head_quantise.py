@@ -72,6 +72,24 @@ def test_groups_without_a_finite_number_keep_their_ranges(nothing, before):
     torch.testing.assert_close(updated_ranges(x, before, 3), expected)
 
 
+@pytest.mark.parametrize(
+    "first",
+    [torch.randn(0, 6), torch.full((4, 6), torch.nan), torch.zeros(4, 6)],
+    ids=["empty", "not finite", "zeros"],
+)
+def test_ranges_begin_with_the_first_batch_that_tells_something(first):
+    x = torch.randn(4, 6)
+    ranges = updated_ranges(x, updated_ranges(first, None, 3), 3)
+    assert_same_bits(ranges, updated_ranges(x, None, 3))
+
+
+def test_a_width_beyond_single_precision_does_not_stay():
+    ranges = updated_ranges(torch.tensor([[-3e38], [3e38]]), None, 1)
+    assert ranges.width.isfinite()
+    x = torch.randn(10, 1)
+    assert_same_bits(updated_ranges(x, ranges, 1, decay=0.0), updated_ranges(x, None, 1))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "groups", "as_groups"), CASES)
 def test_error_is_below_a_step(shape, groups, as_groups, dtype, device):
