@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hazard_models import METHODS, codecs, gradients, session_of
+from hazard_models import METHODS, codecs, gradients, session_of, with_methods
 from helpers import assert_same_bits
 from torch import Tensor, nn
 
@@ -125,19 +125,25 @@ POOLS: dict[str, tuple[Callable[..., Tensor], dict[str, Any], set[str]]] = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    ("method", "format"),
+    with_methods([torch.contiguous_format, torch.channels_last], few=[torch.channels_last]),
+    ids=str,
+)
 @pytest.mark.parametrize("name", POOLS)
 def test_pools(name, format, method, device):
     pool, options, expected = POOLS[name]
     x = torch.randn(2, 3, 9, 11, device=device).to(memory_format=format)
+    if method == "offload":  # whatever is not the shape alone
+        expected = {"shape" if codec == "shape" else "raw" for codec in expected}
     assert assert_exact(lambda h: pool(h, **options), x, method) == expected
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_pool_of_an_unbatched_image(method):
     x = torch.randn(3, 9, 11)
-    assert assert_exact(lambda h: F.max_pool2d(h, 3, 2), x, method) == {"shape", "index"}
+    found = assert_exact(lambda h: F.max_pool2d(h, 3, 2), x, method)
+    assert found == {"shape", "raw" if method == "offload" else "index"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

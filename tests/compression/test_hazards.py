@@ -1,14 +1,20 @@
 """What may go wrong between the moment a tensor is saved and the moment it is used."""
 
 import gc
+import math
 import weakref
+from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hazard_models import (
-    EXACT,
+    FORGETFUL,
+    LOSSY,
     METHODS,
+    REPLAYING,
+    STEPS,
+    TOLERANCE,
     assert_right,
     check,
     check_model,
@@ -17,6 +23,7 @@ from hazard_models import (
     resnet,
     session_of,
     vit,
+    with_methods,
 )
 from helpers import assert_same_bits, cotangent_of
 from torch import Tensor, nn
@@ -25,6 +32,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import aal
 
 every_method = pytest.mark.parametrize("method", METHODS)
+every_lossy_method = pytest.mark.parametrize("method", LOSSY)
 
 
 class Chain(nn.Module):
@@ -46,6 +54,11 @@ def double(x: Tensor) -> Tensor:
     return x * 2
 
 
+def assert_near(method: str, found: Tensor, expected: Tensor) -> None:
+    """A gradient that was computed in another order."""
+    assert (found - expected).norm() <= max(TOLERANCE[method], 1e-6) * expected.norm()
+
+
 # --------------------------------------------------------------------------------------------------
 # In-place operations
 
@@ -58,7 +71,7 @@ def test_modified_after_the_pass_is_never_silently_wrong(method):
         y = model(x)
     found = y.detach().clone()
     model.hidden[0].detach().add_(1)
-    if codecs(session) == {"kept"}:
+    if codecs(session) <= {"kept", "raw"}:  # on CPU, what is offloaded stays where it is
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             torch.autograd.grad(y, [x], cotangent_of(y))
     else:
@@ -76,7 +89,7 @@ def test_modified_before_its_node_was_seen_raises(method):
         y.sum().backward()
 
 
-@every_method
+@pytest.mark.parametrize("method", REPLAYING)
 @pytest.mark.parametrize("name", ["0.weight", "0.bias"])
 def test_a_modified_parameter_of_a_replayed_norm_raises(method, name):
     model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3))
@@ -127,7 +140,7 @@ def test_an_output_that_is_modified_before_use_is_not_computed_again(method, fun
     (found,) = torch.autograd.grad(y, [weight], cotangent_of(y))
     hidden = edit(function(double(x.detach())))
     expected = hidden.t() @ cotangent_of(y)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if method in EXACT else 0.4)
+    assert_near(method, found, expected)
 
 
 @every_method
@@ -222,6 +235,18 @@ def test_an_exception_leaves_nothing_behind(method, with_model, no_collector):
     assert_right(method, gradients(lambda: model(x), leaves, session), expected)
 
 
+@every_lossy_method
+def test_what_is_compressed_is_let_go_while_the_forward_pass_runs(method, no_collector):
+    storages, alive = [], []
+    h = torch.randn(300, requires_grad=True) * 2
+    with session_of(method):
+        for _ in range(12):
+            h = h.sin()
+            storages.append(StorageWeakRef(h.untyped_storage()))
+            alive.append(sum(not storage.expired() for storage in storages))
+    assert max(alive) <= 3  # the node that reads a tensor is known one or two operations later
+
+
 @every_method
 def test_the_graph_is_freed_by_backward(method, no_collector):
     model = vit()
@@ -266,7 +291,8 @@ def stored_bytes(method: str, model: nn.Module, x: Tensor) -> int:
     return session.report().stored_bytes
 
 
-def test_views_of_the_same_elements_are_stored_once():
+@every_lossy_method
+def test_views_of_the_same_elements_are_stored_once(method):
     layers = [nn.Linear(16, 4) for _ in range(3)]
 
     def fan(count: int) -> nn.Module:
@@ -275,20 +301,21 @@ def test_views_of_the_same_elements_are_stored_once():
         return read
 
     x = torch.randn(4, 5, 16, requires_grad=True)  # linear layers save it as (20, 16)
-    assert stored_bytes("adaptive", fan(3), x) == stored_bytes("adaptive", fan(1), x) > 0
+    assert stored_bytes(method, fan(3), x) == stored_bytes(method, fan(1), x) > 0
 
 
-def test_chunks_of_one_tensor_are_stored_once_altogether():
+@every_lossy_method
+def test_chunks_of_one_tensor_are_stored_once_altogether(method):
     def read(h: Tensor) -> Tensor:
         q, k, v = (h * 2).chunk(3, dim=-1)
         return q.sin() * k.sin() * v.sin()
 
     x = torch.randn(32, 3 * 64, requires_grad=True)
-    whole = stored_bytes("adaptive", Chain(lambda h: (h * 2).sin()), x)
-    sines = stored_bytes("adaptive", Chain(lambda h: (h * 2).sin() * 1), x)
+    whole = stored_bytes(method, Chain(lambda h: (h * 2).sin()), x)
+    sines = stored_bytes(method, Chain(lambda h: (h * 2).sin() * 1), x)
     assert whole == sines
     # Each chunk, and each factor of the products but the last result: five thirds.
-    assert stored_bytes("adaptive", Chain(read), x) <= whole * 7 / 3 * 1.05
+    assert stored_bytes(method, Chain(read), x) <= whole * 7 / 3 * 1.05
 
 
 @every_method
@@ -311,26 +338,38 @@ LAYOUTS = {
 }
 
 
-@every_method
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_and_dtype_come_back(layout, dtype, method):
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("method", "case"),
+    with_methods([*product(LAYOUTS, DTYPES)], few=[*product(LAYOUTS, [torch.float16])]),
+    ids=str,
+)
+def test_layout_and_dtype_come_back(method, case):
+    layout, dtype = case
     model = Chain(double, LAYOUTS[layout], torch.sin)
     x = torch.randn(2, 3, 6, 8, dtype=dtype, requires_grad=True)
-    with session_of(method, model):
+    with session_of(method, model) as session:
         y = model(x)
     saved, hidden = y.grad_fn._saved_self, model.hidden[1]
     assert (saved.shape, saved.dtype) == (hidden.shape, dtype)
-    if layout not in ("strided", "overlapping") or method in EXACT:
+    if layout not in ("strided", "overlapping") or "kept" in codecs(session):
         assert saved.stride() == hidden.stride()
-    torch.testing.assert_close(saved, hidden.detach(), rtol=0, atol=0.1)
-    y.sum().backward()
-    torch.testing.assert_close(torch.autograd.grad(model(x).sum(), x)[0], x.grad, rtol=0, atol=0.3)
+    half_unit = 2**-4 if method == "fp8" else 0
+    torch.testing.assert_close(saved, hidden.detach(), rtol=half_unit, atol=0.1)
+    found, expected = (torch.autograd.grad(out.sum(), x) for out in (y, model(x)))
+    assert_right(method, [y.detach(), *found], [y.detach(), *expected])
 
 
-@every_method
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_models_of_other_dtypes(dtype, method):
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    with_methods(
+        [torch.float64, torch.bfloat16, torch.float16], few=[torch.float64, torch.float16]
+    ),
+    ids=str,
+)
+def test_models_of_other_dtypes(method, dtype):
     check_model(method, vit().to(dtype), torch.randn(4, 6, 16, dtype=dtype))
     check_model(method, resnet().to(dtype), torch.randn(4, 3, 16, 16, dtype=dtype))
 
@@ -346,7 +385,10 @@ def test_an_empty_batch(method, smallest):
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), 0.0, 1e30])
 def test_a_model_recovers_from_a_batch_of_one_number(method, number):
     model, x = vit(), torch.randn(4, 6, 16)
-    session, leaves = session_of(method, model), list(model.parameters())
+    options = {}
+    if math.isfinite(number):  # ActNN gives what was constant one bit until it looks again
+        options = {**FORGETFUL, "actnn": {"level": "L2"}}.get(method, {})
+    session, leaves = session_of(method, model, **options), list(model.parameters())
     for _ in range(2):
         gradients(lambda: model(torch.full((4, 6, 16), number)), leaves, session)
         session.step()
@@ -379,6 +421,22 @@ def test_values_that_are_not_finite_stay_where_they_are(method):
     found = gradients(lambda: Two()(x), leaves, session)
     assert_same_bits(found[0], expected[0])
     assert_right(method, [x[1], *found[1:]], [x[1], *expected[1:]])
+
+
+@every_method
+def test_values_that_are_not_finite_stay_in_their_sample(method):
+    """Ranges are of at most a sample, or of finite numbers alone."""
+    x = torch.randn(4, 2, 16, 16)
+    x[1, 0, 0, 0], x[1, 0, 1, 1], x[1, 1, 2, 2] = float("nan"), float("inf"), float("-inf")
+    x.requires_grad_()
+    model = Chain(double, torch.sin, F.gelu, lambda h: F.group_norm(h, 1), F.silu, F.softplus)
+    session = session_of(method, model)
+    y, expected = gradients(lambda: model(x), [x], aal.compress("none"))
+    others = [0, 2, 3]
+    for _ in range(STEPS):
+        found = [t[others] for t in gradients(lambda: model(x), [x], session)]
+        assert_right(method, found, [y[others], expected[others]])
+        session.step()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -458,7 +516,7 @@ def test_operations_on_what_backward_has_freed(method):
         loss = y.exp()
     (found,) = torch.autograd.grad(loss.sum(), [w])
     expected = (old.detach() + w).cos() * (old.detach() + w).sin().exp()
-    torch.testing.assert_close(found, expected.detach(), rtol=0.1, atol=0.1)
+    assert_near(method, found, expected.detach())
 
 
 @every_method
@@ -543,7 +601,8 @@ def test_graphs_that_change_from_step_to_step(method):
             return x
 
     model = Dynamic()
-    session, leaves = session_of(method, model), list(model.parameters())
+    session = session_of(method, model, **FORGETFUL.get(method, {}))
+    leaves = list(model.parameters())
     for order in ((0, 1, 2), (2, 0, 1), (1, 1), (0,), (2, 2, 2, 1)):
         model.order, x = order, torch.randn(4 + len(order), 16)
         expected = gradients(lambda x=x: model(x), leaves, aal.compress("none"))
@@ -618,6 +677,20 @@ def test_functions_of_somebody_else(method):
     check(method, lambda: model(x), [x], model)
 
 
+class Tagged(Tensor):
+    """Somebody else's kind of tensor, as those of fully sharded training are."""
+
+
+@every_method
+def test_other_kinds_of_tensors_are_kept(method):
+    model, x = Chain(double, torch.sin, torch.cos), torch.randn(300).as_subclass(Tagged)
+    x.requires_grad_()
+    expected = gradients(lambda: model(x), [x], aal.compress("none"))
+    session = session_of(method, model)
+    assert_same_bits(gradients(lambda: model(x), [x], session), expected)
+    assert {(row.codec, row.note) for row in session.report().rows} == {("kept", "a Tagged")}
+
+
 @every_method
 @pytest.mark.parametrize("cache", [True, False])
 def test_autocast(method, cache):
@@ -628,16 +701,18 @@ def test_autocast(method, cache):
             return model(x).float()
 
     session = check(method, forward, model.parameters(), model)
-    assert "replay" in codecs(session)
+    assert ("replay" in codecs(session)) == (method in REPLAYING)
     parameters = {p.nbytes for p in model.parameters()}
     assert all(
-        row.raw_bytes not in parameters or row.codec == "kept" for row in session.report().rows
+        row.raw_bytes not in parameters or row.codec in ("kept", "raw")
+        for row in session.report().rows
     )
 
 
-def test_casts_of_weights_by_autocast_are_not_compressed():
+@every_method
+def test_casts_of_weights_by_autocast_are_not_compressed(method):
     model = nn.Sequential(nn.Linear(16, 64, bias=False), nn.Linear(64, 16, bias=False))
-    session = session_of("adaptive", model)
+    session = session_of(method, model)
     with session, torch.autocast("cpu", torch.bfloat16):
         y = model(torch.randn(4, 16, requires_grad=True))
     elements = [row.raw_bytes for row in session.report().rows]

@@ -6,6 +6,7 @@ import multiprocessing
 import pickle
 import random
 import threading
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hazard_models import (
+    EXACT,
+    FORGETFUL,
+    LOSSY,
     METHODS,
     OPTIONS,
+    ROUNDING_RANDOMLY,
+    TOLERANCE,
     Block,
     assert_right,
     gradients,
@@ -22,6 +28,7 @@ from hazard_models import (
     run_all,
     session_of,
     vit,
+    with_methods,
 )
 from helpers import assert_same_bits, compiling, cotangent_of
 from torch import Tensor, nn
@@ -67,7 +74,9 @@ def test_hooks_outside_see_what_is_kept_and_what_stands_in_for_the_rest(method):
         session = session_of(method, model)
         found = compressed(model, x, session)
     assert_right(method, found, expected)
-    assert sum(seen) >= session.report().stored_bytes * 0.99
+    rows = session.report().rows
+    handed = [row for row in rows if method != "offload" or row.codec == "kept"]  # the rest it has
+    assert sum(seen) >= sum(row.stored_bytes for row in handed) * 0.99
 
 
 @every_method
@@ -134,9 +143,10 @@ def test_a_session_inside_other_hooks_inside_itself_is_refused():
     assert active_hooks() is None
 
 
-def test_a_region_without_hooks_says_so():
+@every_method
+def test_a_region_without_hooks_says_so(method):
     model, x = vit(), torch.randn(2, 5, 16)
-    session = session_of("adaptive", model)
+    session = session_of(method, model)
     message = "no hooks here"
     with torch.autograd.graph.disable_saved_tensors_hooks(message):
         with pytest.raises(RuntimeError, match=message), session:
@@ -146,7 +156,7 @@ def test_a_region_without_hooks_says_so():
         with torch.autograd.graph.disable_saved_tensors_hooks(message):
             model(x)
     assert active_hooks() is None
-    assert_right("adaptive", compressed(model, x, session), plain(model, x))
+    assert_right(method, compressed(model, x, session), plain(model, x))
 
 
 @every_method
@@ -197,6 +207,18 @@ def is_freed(boundary: int) -> bool:
     return found is None
 
 
+CODECS = {
+    "adaptive": "groups",
+    "exact": "kept",
+    "actnn": "rows",
+    "mesa": "running",
+    "gact": "ranges",
+    "division": "ranges",
+    "fp8": "e4m3",
+    "offload": "raw",
+}
+
+
 @both_checkpoints
 @every_method
 def test_boundaries_of_checkpoints_are_compressed(method, reentrant):
@@ -206,11 +228,11 @@ def test_boundaries_of_checkpoints_are_compressed(method, reentrant):
     session = session_of(method, model)
     assert_right(method, compressed(model, x, session), expected)
     rows = [row for row in session.report().rows if row.consumer == "checkpoint"]
-    assert [row.codec for row in rows] == ["groups" if method == "adaptive" else "kept"] * 2
+    assert [row.codec for row in rows] == [CODECS[method]] * 2
     with session:
         y = model(x)
     freed = [is_freed(boundary) for boundary in model.boundaries]
-    assert y.requires_grad and freed == [method == "adaptive"] * 2
+    assert y.requires_grad and freed == [method in LOSSY] * 2
 
 
 @both_checkpoints
@@ -232,10 +254,14 @@ def test_backward_through_checkpoints(method, backward, reentrant):
 
 @both_checkpoints
 @pytest.mark.parametrize(
-    "region", [torch.relu, nn.MaxPool2d(2), nn.ReLU(), nn.AvgPool2d(2)], ids=str
+    ("method", "region"),
+    with_methods(
+        [torch.relu, nn.MaxPool2d(2), nn.ReLU(), nn.AvgPool2d(2)], few=[nn.ReLU(), nn.MaxPool2d(2)]
+    ),
+    ids=str,
 )
 @pytest.mark.parametrize("backward", ["inside", "outside"])
-def test_a_boundary_is_no_mask_whatever_the_region_does_first(region, reentrant, backward):
+def test_a_boundary_is_no_mask_whatever_the_region_does_first(method, region, reentrant, backward):
     conv = nn.Conv2d(3, 4, 3)
 
     class Net(nn.Module):
@@ -253,13 +279,13 @@ def test_a_boundary_is_no_mask_whatever_the_region_does_first(region, reentrant,
 
     model, x = Net(), torch.randn(2, 3, 8, 8)
     expected = plain(model, x)
-    with session_of("adaptive", model):
+    with session_of(method, model):
         y = model(x)
         if backward == "inside":
             y.backward(cotangent_of(y))
     if backward == "outside":
         y.backward(cotangent_of(y))
-    assert_right("adaptive", [y.detach(), *(p.grad for p in model.parameters())], expected)
+    assert_right(method, [y.detach(), *(p.grad for p in model.parameters())], expected)
 
 
 @both_checkpoints
@@ -334,14 +360,34 @@ def test_the_same_seed_gives_the_same_gradients(method):
 
     assert_same_bits(steps(0), steps(0))
     others = zip(steps(0), steps(1), strict=True)
-    assert all(torch.equal(one, other) for one, other in others) == (method == "exact")
+    assert all(torch.equal(one, other) for one, other in others) == (
+        method not in ROUNDING_RANDOMLY
+    )
 
 
-def test_every_pass_rounds_anew():
+@pytest.mark.parametrize("method", ROUNDING_RANDOMLY)
+def test_every_pass_rounds_anew(method):
     model, x = vit(), torch.randn(2, 5, 16)
-    session = session_of("adaptive", model)
+    session = session_of(method, model)
     first, second = compressed(model, x, session), compressed(model, x, session)
     assert not all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@every_method
+def test_rehearsals_round_alike_and_do_not_shift_what_comes(method):
+    model, x = vit(0.1), torch.randn(2, 5, 16)
+    options, leaves = FORGETFUL.get(method, {}), list(model.parameters())
+
+    def rehearsed(session: Session) -> list[Tensor]:
+        torch.manual_seed(3)
+        with session.rehearsal():
+            y = model(x)
+        return list(torch.autograd.grad(y, leaves, cotangent_of(y)))
+
+    session, other = (session_of(method, model, **options) for _ in range(2))
+    assert_same_bits(compressed(model, x, session), compressed(model, x, other))
+    assert_same_bits(rehearsed(session), rehearsed(session))
+    assert_same_bits(compressed(model, x, session), compressed(model, x, other))
 
 
 @pytest.mark.parametrize("build", [vit, resnet])
@@ -389,7 +435,7 @@ def test_no_hook_stays_on_the_model(method):
             assert not module._forward_hooks and not module._forward_pre_hooks
 
 
-@pytest.mark.parametrize("method", [*METHODS, "offload"])
+@every_method
 def test_a_copy_made_inside_a_session_does_without(method):
     model, x = vit(), torch.randn(2, 5, 16)
     session = session_of(method, model)
@@ -503,7 +549,7 @@ def test_distributed_data_parallel(tmp_path: Path):
         )
         assert seed != other_seed
         assert_same_bits(found, others)
-        if method == "exact":
+        if method in EXACT:
             torch.testing.assert_close(found, expected)
         else:
             assert_right(method, [y.detach(), *found], [y.detach(), *expected])
@@ -521,10 +567,15 @@ def fresh_compiler():
 
 
 @compiling
-@every_method
-@pytest.mark.parametrize("how", ["torch.compile", "in place"])
-@pytest.mark.parametrize("region", ["block", "model"])
-def test_compiled_regions(method, region, how, fresh_compiler):
+@pytest.mark.parametrize(
+    ("method", "case"),
+    with_methods(
+        [*product(["block", "model"], ["torch.compile", "in place"])], few=[("block", "in place")]
+    ),
+    ids=str,
+)
+def test_compiled_regions(method, case, fresh_compiler):
+    region, how = case
     model, x = vit(), torch.randn(2, 5, 16)
     expected, leaves = plain(model, x), list(model.parameters())
     target = model[0] if region == "block" else model
@@ -538,7 +589,7 @@ def test_compiled_regions(method, region, how, fresh_compiler):
     for _ in range(3):
         found = gradients(lambda: model(x), leaves, session)
         for one, other in zip(found, expected, strict=True):
-            tolerance = 1e-5 if method == "exact" else 0.1
+            tolerance = max(TOLERANCE[method], 1e-5)
             assert (one - other).norm() <= tolerance * other.norm() + tolerance
     assert session.report().rows
     assert session.forwards == 3
@@ -562,8 +613,7 @@ def test_a_session_cannot_be_entered_inside_a_compiled_function(fresh_compiler):
 # Memory
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("build", [vit, resnet])
+@pytest.mark.parametrize(("method", "build"), with_methods([vit, resnet], few=[resnet]))
 def test_saved_memory_is_what_the_report_says(build, method):
     model = build()
     x = torch.randn(8, 16, 16) if build is vit else torch.randn(8, 3, 32, 32)
@@ -574,7 +624,8 @@ def test_saved_memory_is_what_the_report_says(build, method):
             return model(x)
 
     before, after = saved_bytes(model, x), saved_bytes(forward, x)
-    assert after < before * (0.9 if method == "exact" else 0.5)
+    largest = {"exact": 0.9, "offload": 1.01}  # on CPU what is offloaded stays where it is
+    assert after < before * largest.get(method, 0.5)
     report = session.report()
     assert after == pytest.approx(report.stored_bytes, rel=0.1)
     assert before == pytest.approx(report.raw_bytes, rel=0.1)
