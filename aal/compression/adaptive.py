@@ -109,6 +109,8 @@ class Adaptive(Method):
 
     def _allocate(self, session: Session, look: Look) -> None:
         sites, sizes = list(look.numels), list(look.numels.values())
+        if not sites:
+            return
         bits = self.bits if self.budget is None else self._affordable(session, sizes)
         sensitivities, tolerable = look.sensitivities(), _TOLERABLE * look.gradient()
         least = [
