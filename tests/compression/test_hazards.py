@@ -334,6 +334,7 @@ LAYOUTS = {
     "flipped": lambda h: h.flip(1),
     "one row": lambda h: h[:1, :1],
     "empty": lambda h: h[:0],
+    "scalar": lambda h: h.mean(),
     "overlapping": lambda h: h.unfold(3, 3, 1),
 }
 
@@ -567,6 +568,14 @@ def test_frozen_layers_save_nothing_and_nothing_is_assumed(method):
 
 
 @every_method
+def test_a_model_that_saves_nothing_to_compress(method):
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 3))  # an argument, and weights
+    model[1].weight.requires_grad_(False)
+    session = check_model(method, model, torch.randn(4, 16))
+    assert codecs(session) == {"kept"}
+
+
+@every_method
 def test_frozen_backbone_with_low_rank_adapters(method):
     class Adapted(nn.Module):
         def __init__(self, layer: nn.Linear):
@@ -607,6 +616,17 @@ def test_graphs_that_change_from_step_to_step(method):
         model.order, x = order, torch.randn(4 + len(order), 16)
         expected = gradients(lambda x=x: model(x), leaves, aal.compress("none"))
         assert_right(method, gradients(lambda x=x: model(x), leaves, session), expected)
+        session.step()
+
+
+@every_method
+def test_shapes_that_change_from_step_to_step(method):
+    model = Chain(double, F.gelu, lambda h: h.softmax(-1), torch.sin)
+    session = session_of(method, model, **FORGETFUL.get(method, {}))
+    for shape in ((40,), (4, 30), (2, 3, 8, 8), (2, 9, 12), (0, 4), (2, 2, 3, 4, 5), (7, 2)):
+        x = torch.randn(shape, requires_grad=True)
+        expected = gradients(lambda x=x: model(x), [x], aal.compress("none"))
+        assert_right(method, gradients(lambda x=x: model(x), [x], session), expected)
         session.step()
 
 
@@ -675,6 +695,22 @@ def test_functions_of_somebody_else(method):
     model = Chain(double, Scaled.apply, torch.sin)
     x = torch.randn(300, requires_grad=True)
     check(method, lambda: model(x), [x], model)
+
+
+@every_method
+def test_parameters_whose_memory_is_new_in_every_pass_are_kept(method):
+    """As in fully sharded training, which gathers them when their layer begins."""
+
+    def gather(layer: nn.Module, _) -> None:
+        layer.weight.data = layer.weight.data.clone()
+
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(16, 16)), torch.randn(4, 16)
+    model[1].register_forward_pre_hook(gather)
+    x.requires_grad_()
+    session = session_of(method, model)
+    expected = gradients(lambda: model(x), [x], aal.compress("none"))
+    for _ in range(STEPS):
+        assert_same_bits(gradients(lambda: model(x), [x], session), expected)
 
 
 class Tagged(Tensor):
