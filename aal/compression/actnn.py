@@ -26,7 +26,7 @@ from torch import Tensor
 from aal.compression.allocation import allocate_bits, greedy_bits
 from aal.compression.codecs import Codec, Encoded
 from aal.compression.handle import saved_by
-from aal.compression.method import Keep, Method, Use
+from aal.compression.method import Keep, Method, Use, least_bits
 from aal.compression.recipes import Replay
 from aal.compression.site import Site
 from aal.ops.noise import Noise
@@ -77,7 +77,8 @@ class ActNN(Method):
     average of the layer before them, and share it out to samples by their ranges alone. So does,
     beyond the publication, everything that is not the input of a layer, so that other networks
     than convolutional ones are covered: it is quantised in the same way. All of these have at least
-    2 bits, or ``bits`` if that is less; at one bit errors grow from norm to norm.
+    2 bits, or ``bits`` if that is less; at one bit errors grow from norm to norm. Queries and keys
+    of fused attention, whose products backward takes the exponential of, have at least 4.
 
     Ranges are looked at in every step, and the samples with the largest get the most bits. How many
     samples get how many is found from time to time, when the gradients of a step are known; between
@@ -125,6 +126,9 @@ class ActNN(Method):
             return Keep("inputs of norms are exact at this level")
         rows = self._rows_of(use.tensor)
         plan = use.handle.site.state.get("bits") or self._first_plan(rows)
+        if not self.faithful:
+            least = use.handle.site.state.setdefault("least", least_bits(use))
+            plan = [max(bits, least) for bits in plan]
         return Rows(_runs(plan, rows), self.faithful)
 
     def begin_forward(self, session: Session) -> None:
@@ -202,7 +206,9 @@ class ActNN(Method):
         return means
 
     def _fewest(self, look: _Look) -> int:
-        return _FEWEST if look.is_layer or self.faithful else min(_FEWEST_ELSEWHERE, int(self.bits))
+        if look.is_layer or self.faithful:
+            return _FEWEST
+        return max(min(_FEWEST_ELSEWHERE, int(self.bits)), look.site.state["least"])
 
     def _solve(
         self, sensitivities: list[float], sizes: list[int], mean_bits: float, fewest: int

@@ -7,12 +7,18 @@ from collections.abc import Collection
 
 from aal.compression.allocation import allocate_bits
 from aal.compression.codecs import Codec, Groups
-from aal.compression.method import Keep, Method, Use
+from aal.compression.method import Keep, Method, Use, least_bits
 from aal.compression.recipes import Replay
 from aal.compression.report import MIB
 from aal.compression.session import Session
 from aal.compression.variance import Look
-from aal.ops.group_quantise import GROUP, GroupCode, rounding_variance, stored_bits
+from aal.ops.group_quantise import (
+    GROUP,
+    GroupCode,
+    check_format,
+    rounding_variance,
+    stored_bits,
+)
 
 CHOICES = (2, 4, 8)
 _TOLERABLE = 0.1  # variance that one site may add, over the square of the gradient
@@ -31,18 +37,19 @@ class Adaptive(Method):
     Until the first backward pass has shown the gradients, all sites have the same, and they keep it
     where nothing else promises a variance a third lower.
 
-    Beyond the mean, if need be, queries and keys of attention get at least 4 bits, since backward
-    takes the exponential of their products, and so does every site whose rounding alone would give
-    the gradient an error of more than a tenth of its own energy.
+    Queries and keys of fused attention get at least 4 bits, since backward takes the exponential of
+    their products. Beyond the mean if need be, but not beyond a budget, a site whose rounding alone
+    would give the gradient an error of more than a tenth of its own energy gets 4 or 8 bits, too.
 
     Args:
         bits: mean bits per element, side numbers (0.07) apart, from 2 to 8.
         budget: MiB that a forward pass may keep beside the model's arguments; instead of ``bits``.
-        group: elements that share a range.
+        group: elements that share a range, a multiple of 64 up to 1024.
         interval: forward passes between two looks at the gradients.
 
     Raises:
-        ValueError: bits and budget together, or a value out of its range.
+        ValueError: bits and budget together, a value out of its range, or, as a forward pass
+            begins, a budget that the fewest bits exceed.
     """
 
     name = "adaptive"
@@ -61,7 +68,8 @@ class Adaptive(Method):
             raise ValueError(f"bits must be from {CHOICES[0]} to {CHOICES[-1]}, got {bits}")
         if budget is not None and not budget > 0:
             raise ValueError(f"budget must be a positive number of MiB, got {budget}")
-        if interval < 1:
+        check_format(CHOICES[0], group)
+        if not interval >= 1:
             raise ValueError(f"interval must be at least 1, got {interval}")
         self.bits = 4 if bits is None and budget is None else bits
         self.budget, self.group, self.interval = budget, group, interval
@@ -71,8 +79,7 @@ class Adaptive(Method):
 
     def values(self, use: Use) -> Codec | Keep:
         state = use.handle.site.state
-        is_score = use.consumer.kind == "attention" and use.attribute in ("query", "key")
-        least = state.setdefault("least", CHOICES[1] if is_score else CHOICES[0])
+        least = state.setdefault("least", max(least_bits(use), CHOICES[0]))
         bits = state.get("bits", max(self._first_bits(), least))
         return Groups(bits, self.group, apart=use.relu is not None)
 
@@ -111,16 +118,21 @@ class Adaptive(Method):
         sites, sizes = list(look.numels), list(look.numels.values())
         if not sites:
             return
-        bits = self.bits if self.budget is None else self._affordable(session, sizes)
-        sensitivities, tolerable = look.sensitivities(), _TOLERABLE * look.gradient()
-        least = [
-            _least_bits(site.state["least"], sensitivity, tolerable)
-            for site, sensitivity in zip(sites, sensitivities, strict=True)
-        ]
+        sensitivities, least = look.sensitivities(), [site.state["least"] for site in sites]
+        if self.budget is None:
+            bits, tolerable = self.bits, _TOLERABLE * look.gradient()
+            least = [
+                _least_bits(own, sensitivity, tolerable)
+                for own, sensitivity in zip(least, sensitivities, strict=True)
+            ]
+        else:
+            bits = self._affordable(session, sizes, least)
         for site, own in zip(sites, _allocation(sensitivities, sizes, least, bits), strict=True):
             site.state["bits"] = own
 
-    def _affordable(self, session: Session, sizes: Collection[int]) -> float:
+    def _affordable(
+        self, session: Session, sizes: Collection[int], least: Collection[int]
+    ) -> float:
         """Mean bits per element that the budget allows."""
         rows = session.report().rows
         coded = [row for row in rows if row.codec == "groups"]
@@ -128,11 +140,12 @@ class Adaptive(Method):
         side = stored_bits(CHOICES[0], self.group) - CHOICES[0]
         # A last group, and bytes of small tensors, are not shared out exactly: half a percent.
         bits = 8 * (0.995 * self.budget * MIB - rest) / sum(sizes) - side
-        if bits < CHOICES[0]:
-            least = (rest + sum(sizes) * (CHOICES[0] + side) / 8) / 0.995
+        fewest = sum(size * own for size, own in zip(sizes, least, strict=True)) / sum(sizes)
+        if bits < fewest:
+            needed = (rest + sum(sizes) * (fewest + side) / 8) / 0.995
             raise ValueError(
-                f"a budget of {self.budget:g} MiB is too small: at {CHOICES[0]} bits a forward "
-                f"pass keeps {math.ceil(least / MIB * 10) / 10:g} MiB"
+                f"a budget of {self.budget:g} MiB is too small: at the fewest bits a forward "
+                f"pass keeps {math.ceil(needed / MIB * 100) / 100:g} MiB"
             )
         return min(bits, CHOICES[-1])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
 
 from torch import nn
@@ -53,7 +54,7 @@ def compress(
             the published "actnn", "mesa", "gact" and "division"; "fp8"; or "offload" (exact, in
             the host's memory).
         model: what is trained. Its parameters are recognised, and its arguments, which the caller
-            holds anyway.
+            holds anyway. Of a compiled model, what ``torch.compile`` returned.
         recipes: compute outputs of norms and activation functions again instead of keeping them.
             If not given, only "exact" and "adaptive" do.
         smallest: tensors of fewer elements are kept as they are; 4096 if not given.
@@ -67,12 +68,18 @@ def compress(
 
     Raises:
         ValueError: an unknown method, or a value that an option does not take.
-        TypeError: an option that the method does not have.
+        TypeError: an option that the method does not have, or a model that is none.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     module, name = METHODS[method]
-    made = getattr(importlib.import_module(module), name)(**options)
+    kind = getattr(importlib.import_module(module), name)
+    own = inspect.signature(kind).parameters
+    if unknown := options.keys() - own.keys():
+        raise TypeError(f"{method} has no option {min(unknown)!r}, only {', '.join(own) or 'none'}")
+    made = kind(**options)
     if recipes is not None:
         made.recipes = recipes
     if smallest is not None:

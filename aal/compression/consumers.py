@@ -3,7 +3,8 @@
 The answer follows from the formula of the node's backward pass. Where that asks for a sign or a
 shape only, keeping it is exact; where it asks for values, an approximation makes the gradient
 approximate: without bias in a product of matrices, with a small one in a function that is not
-linear in the saved tensor.
+linear in the saved tensor. A node that is not listed here may divide by what it saved, or look for
+an element in it, so everything of it is kept exact.
 """
 
 import math
@@ -33,7 +34,7 @@ class Consumer:
         node: name of the node, as autograd gives it.
         need: how much of the tensor.
         kind: "linear", "norm", "nonlinear", "product", "attention", "replay", "boundary" or
-            "other" where values are needed; the reason where they must be exact.
+            "compiled" where values are needed; the reason where they must be exact.
     """
 
     node: str
@@ -45,6 +46,10 @@ class Consumer:
 _VALUES: dict[str, tuple[str, tuple[str, ...]]] = {
     "ConvolutionBackward0": ("linear", ("input",)),
     "AddmmBackward0": ("linear", ("mat1", "mat2")),
+    "AddbmmBackward0": ("linear", ("batch1", "batch2")),
+    "AddmvBackward0": ("linear", ("mat", "vec")),
+    "MvBackward0": ("linear", ("self", "vec")),
+    "DotBackward0": ("linear", ("self", "tensor")),
     "MmBackward0": ("linear", ("self", "mat2")),
     "BmmBackward0": ("linear", ("self", "mat2")),
     "BaddbmmBackward0": ("linear", ("batch1", "batch2")),
@@ -61,10 +66,24 @@ _VALUES: dict[str, tuple[str, tuple[str, ...]]] = {
     "HardswishBackward0": ("nonlinear", ("self",)),
     "SoftplusBackward0": ("nonlinear", ("self",)),
     "EluBackward0": ("nonlinear", ("self",)),
+    "CeluBackward0": ("nonlinear", ("self",)),
+    "PreluKernelBackward0": ("nonlinear", ("self",)),
     "SigmoidBackward0": ("nonlinear", ("result",)),
     "TanhBackward0": ("nonlinear", ("result",)),
     "SoftmaxBackward0": ("nonlinear", ("result",)),
+    "SafeSoftmaxBackward0": ("nonlinear", ("result",)),
+    "ExpBackward0": ("nonlinear", ("result",)),
+    "SinBackward0": ("nonlinear", ("self",)),
+    "CosBackward0": ("nonlinear", ("self",)),
+    "ErfBackward0": ("nonlinear", ("self",)),
+    "AtanBackward0": ("nonlinear", ("self",)),
+    "GluBackward0": ("nonlinear", ("self",)),
     "MulBackward0": ("product", ("self", "other")),
+    "AddcmulBackward0": ("product", ("tensor1", "tensor2")),
+    "LerpBackward1": ("product", ("self", "end", "weight")),
+    "TrilinearBackward0": ("product", ("i1", "i2", "i3")),
+    "GridSampler2DBackward0": ("product", ("input",)),
+    "GridSampler3DBackward0": ("product", ("input",)),
     **{
         f"ScaledDotProduct{kernel}Backward0": ("attention", ("query", "key", "value", "output"))
         for kernel in (
@@ -76,7 +95,7 @@ _VALUES: dict[str, tuple[str, tuple[str, ...]]] = {
     },
 }
 
-# Functions written in Python, this package's first: all floating-point numbers that they saved.
+# Functions written in Python, this package's and PyTorch's: all floating-point numbers.
 _OWN = {
     "ReplayFunctionBackward": "replay",
     "Conv2dARAFunctionBackward": "linear",
@@ -86,7 +105,7 @@ _OWN = {
     "Conv2dASAFunctionBackward": "linear",
     "CodedActivationFunctionBackward": "nonlinear",
     "CheckpointFunctionBackward": "boundary",
-    "CompiledFunctionBackward": "other",
+    "CompiledFunctionBackward": "compiled",
 }
 
 _SHAPES = {
@@ -110,30 +129,6 @@ _BITS = {
     "ThresholdBackward1": "self",
 }
 
-# Nodes that look for their result among what they saved, to pass the gradient there.
-_COMPARING = ("Amax", "Amin", "Max", "Min", "Fmax", "Fmin", "Median", "Nanmedian")
-
-# Nodes that divide by what they saved, or take its logarithm: a value rounded to zero is fatal.
-_DIVIDING = (
-    "Div",
-    "Log",
-    "Rsqrt",
-    "Sqrt",
-    "Reciprocal",
-    "Pow",
-    "Norm",
-    "Std",
-    "Var",
-    "Acos",
-    "Asin",
-    "Atanh",
-    "Atan2",
-    "Hypot",
-    "Prod",
-    "Cumprod",
-    "Xlog",
-    "Linalg",
-)
 _LOSSES = (
     "LogSoftmax",
     "NllLoss",
@@ -150,9 +145,7 @@ _LOSSES = (
 )
 
 
-def consumer_of(
-    node: Any, name: str, attribute: str, tensor: Tensor, requires_grad: bool
-) -> Consumer:
+def consumer_of(node: Any, name: str, attribute: str, tensor: Tensor) -> Consumer:
     """What a node needs of a tensor.
 
     Args:
@@ -161,9 +154,8 @@ def consumer_of(
         attribute: name of the tensor among those that the node saved; "tensors" for those of a
             Function written in Python.
         tensor: what it saved, detached.
-        requires_grad: whether that was part of the graph.
     """
-    if (kind := name.removesuffix("0").removesuffix("Backward")).startswith(_LOSSES):
+    if name.startswith(_LOSSES):
         return Consumer(name, Need.EXACT, "part of a loss")
     if name == "ConvolutionBackward0" and attribute == "input" and _is_frozen(node):
         return Consumer(name, Need.SHAPE, "shape")
@@ -184,13 +176,7 @@ def consumer_of(
         return Consumer(name, Need.EXACT, f"a {attribute} of {name}")
     if name == "PowBackward0" and node._saved_exponent >= 1:
         return Consumer(name, Need.VALUES, "nonlinear")
-    if kind.startswith(_COMPARING):
-        return Consumer(name, Need.EXACT, "compared")
-    if kind.startswith(_DIVIDING):
-        return Consumer(name, Need.EXACT, "may be divided by")
-    if requires_grad:
-        return Consumer(name, Need.VALUES, "other")
-    return Consumer(name, Need.EXACT, f"unknown to {name}")
+    return Consumer(name, Need.EXACT, "its node may need it exactly")
 
 
 def _is_frozen(node: Any) -> bool:

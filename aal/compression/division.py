@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from aal.compression.codecs import Codec, Encoded
-from aal.compression.method import Keep, Method, Use
+from aal.compression.method import Keep, Method, Use, least_bits
 from aal.compression.published_codecs import Ranges
 from aal.ops.block_mean import BlockCode, decode_blocks, quantise_blocks
 from aal.ops.noise import Noise
@@ -26,6 +26,7 @@ class Division(Method):
     Masks of ReLU and dropout have one bit. Beyond the publication, so that other networks than
     convolutional ones are covered, all other values, and maps that are smaller than a block, have
     codes in groups of 256 neighbours with a range each: they have no low frequencies worth a mean.
+    Queries and keys of fused attention get 4 bits at least.
 
     Args:
         bits: of a code, 1 to 8.
@@ -41,10 +42,10 @@ class Division(Method):
     name = "division"
 
     def __init__(self, bits: int = 2, block: int = 8, faithful: bool = False):
-        if bits not in range(1, 9):
+        if not isinstance(bits, int) or bits not in range(1, 9):
             raise ValueError(f"bits must be a whole number from 1 to 8, got {bits}")
-        if block < 1:
-            raise ValueError(f"block must be at least 1, got {block}")
+        if not isinstance(block, int) or block < 1:
+            raise ValueError(f"block must be a whole number of at least 1, got {block}")
         self.bits, self.block, self.faithful = bits, block, faithful
 
     def values(self, use: Use) -> Codec | Keep:
@@ -57,7 +58,7 @@ class Division(Method):
         has_maps = name == "ConvolutionBackward0" or use.consumer.kind == "norm"
         if has_maps and min(height, width) >= self.block:
             return Blocks(self.bits, self.block)
-        return Ranges(self.bits)
+        return Ranges(max(self.bits, least_bits(use)))
 
 
 @dataclass(frozen=True)

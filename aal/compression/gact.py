@@ -20,7 +20,7 @@ from aal.compression.codecs import Codec, Raw, TwoValues
 from aal.compression.compress import compress
 from aal.compression.consumers import Need
 from aal.compression.gact_probe import sensitivity
-from aal.compression.method import Keep, Method, Use
+from aal.compression.method import Keep, Method, Use, least_bits
 from aal.compression.published_codecs import Ranges
 from aal.compression.session import Session
 from aal.compression.site import Site
@@ -125,6 +125,8 @@ class GACT(Method):
         if self.bits is None:
             return Raw()
         bits = self._bits_of(use)
+        if not (self.needs_closure or self.faithful):
+            bits = max(bits, least_bits(use))
         if bits == _EXACT:
             return Keep("gets 32 bits")
         side_dtype = None if self.faithful else torch.bfloat16

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from aal.compression.site import Site
-from aal.compression.storage import Payload, Store
+from aal.compression.storage import Payload, Store, is_strided
 
 
 class Handle:
@@ -37,7 +37,11 @@ class Handle:
     def __init__(self, tensor: Tensor, site: Site):
         self.tensor: Tensor | None = tensor.detach()
         self.version = tensor._version
-        self.size, self.stride, self.dtype = tensor.size(), tensor.stride(), tensor.dtype
+        self.dtype = tensor.dtype
+        # What has none is kept as it is.
+        self.size, self.stride = (
+            (tensor.size(), tensor.stride()) if is_strided(tensor) else (None, None)
+        )
         self.requires_grad = tensor.requires_grad
         self.site = site
         self.grad_fn: Any = None  # of a pending tensor

@@ -6,8 +6,8 @@ A policy is lines of text. ``#`` starts a comment, and blank lines do not count:
     by_index: all | indices     a rule for all of them, or for those that the indices name
     KEY: VALUE                  settings of these layers: enable, level, ema_decay
 
-Lists are separated by spaces or commas. The layers of a tag are counted from 0, in the order of
-``model.modules()``. A section takes effect at each of its epochs, or before training if it has
+Lists are separated by spaces or commas. The layers of a tag are counted from 0, in the order in
+which they first run; one whose tensors are too small to be compressed does not count. A section takes effect at each of its epochs, or before training if it has
 none; of two settings of a layer the later one counts, and of those that take effect together the
 lower one in the file. What no rule sets is as in ``Settings()``: not compressed.
 

@@ -153,6 +153,15 @@ class Exact(Method):
         return Keep("its values are needed")
 
 
+def least_bits(use: Use) -> int:
+    """Below so many bits, rounding would ruin the gradient whatever its share.
+
+    Fused attention takes the exponential of the products of queries and keys in backward; the
+    publications know attention as separate operations, which keep the result of the softmax.
+    """
+    return 4 if use.consumer.kind == "attention" and use.attribute in ("query", "key") else 1
+
+
 def is_two_valued(use: Use) -> bool:
     """Is it a mask of floating-point numbers, as dropout makes one on CPU?
 

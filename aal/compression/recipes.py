@@ -21,8 +21,8 @@ from aal.ops.batch_norm import Parameters, Statistics, batch_norm_replay
 
 _VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "AliasBackward0")
 _BATCH_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
-# Norms by the place of their weights; None where several share one.
-Modules = Mapping[tuple[int, int], nn.Module | None]
+# Names and norms by the place of the norm's weight; None where several share one.
+Modules = Mapping[tuple[int, int], tuple[str, nn.Module] | None]
 
 
 class Recipe(Protocol):
@@ -193,8 +193,8 @@ def _affine(
 def _layer_norm(node: Any, modules: Modules) -> Recipe | None:
     names = ("input", "weight", "result1", "result2")
     source, weight, mean, rstd = (saved_by(node, name) for name in names)
-    norm = _module(weight, modules)
-    if source is None or mean is None or rstd is None or not isinstance(norm, nn.LayerNorm):
+    norm = _module(source, weight, modules)
+    if mean is None or rstd is None or not isinstance(norm, nn.LayerNorm):
         return None
     shape, bias = tuple(norm.normalized_shape), saved_by(node, "bias")
     return _LayerNorm(source, shape, norm.eps, weight, bias, mean, rstd)
@@ -205,12 +205,14 @@ def _batch_norm_relu(node: Any, modules: Modules, mask: Handle | None) -> Recipe
         return None
     names = ("input", "weight", "result1", "result2", "running_mean", "running_var")
     source, weight, mean, rstd, *running = (saved_by(node, name) for name in names)
-    norm, training = _module(weight, modules), node._saved_training
-    if source is None or mean is None or rstd is None or not _has_own_bias(node, norm):
+    norm, training = _module(source, weight, modules), node._saved_training
+    if mean is None or rstd is None or not _has_own_bias(node, norm):
         return None
     if not training and None in running:
         return None
-    bias, known = Handle(norm.bias, source.site), None if training else tuple(running)
+    bias, known = Handle(norm.bias, source.site), None
+    if not training:  # a later pass in training moves them, which no version shows
+        known = tuple(Handle(each.restore().clone(), source.site) for each in running)
     return _BatchNormReLU(source, bias, training, norm.eps, weight, known, mean, rstd, mask)
 
 
@@ -223,10 +225,12 @@ def _has_own_bias(node: Any, norm: nn.Module | None) -> bool:
     return added is (bias if bias.requires_grad else None)
 
 
-def _module(weight: Handle | None, modules: Modules) -> nn.Module | None:
-    if weight is None or weight.tensor is None:
+def _module(source: Handle | None, weight: Handle | None, modules: Modules) -> nn.Module | None:
+    """The norm that ran; None if somebody else called its function with its weight."""
+    if source is None or weight is None or weight.tensor is None:
         return None
-    return modules.get(parameter_place(weight.tensor))
+    name, norm = modules.get(parameter_place(weight.tensor)) or ("", None)
+    return norm if source.site.module == name else None
 
 
 def parameter_place(parameter: Tensor) -> tuple[int, int]:

@@ -29,8 +29,10 @@ from aal.compression.storage import (
     Store,
     dense,
     is_dense,
+    is_strided,
     overlaps_itself,
     place_of_elements,
+    storages_within,
 )
 from aal.ops.noise import Noise, place_of
 
@@ -83,8 +85,9 @@ class Session:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             seed += torch.distributed.get_rank()
         self.method, self.model, self.seed = method, model, seed
-        self.sites = Sites(model, self._begin_forward, self._end_forward)
-        self.forwards = 0  # forward passes so far, or times entered without a model
+        self.sites = Sites(model, self._begin_model, self._end_model)
+        self.forwards = 0  # passes of the model so far, or times entered without one
+        self._has_begun = self._has_run = False  # a pass, and the model, since it was entered
         self._own_store = store
         self._outer: OuterHooks | None = None
         self._table = PayloadTable()
@@ -136,8 +139,9 @@ class Session:
         self._learn_model()
         self.sites.restart()
         self.sites.attach()
+        self._has_begun = self._has_run = False
         if self.model is None:
-            self._begin_forward((), {})
+            self._begin_forward()
 
     def __exit__(self, *error: Any) -> None:
         if self.method.is_off:
@@ -151,7 +155,12 @@ class Session:
                 self._settle_all()
         finally:
             for handle in self._still_pending():
-                self._keep(handle, handle.tensor, None, "the node that saved it was not seen")
+                self._keep(
+                    handle,
+                    handle.tensor,
+                    None,
+                    "saved last: by what is not seen",
+                )
             self._pending.clear()
             self._visited.clear()
             self._tips.clear()
@@ -174,6 +183,9 @@ class Session:
                 "that does a forward and a backward pass"
             )
         self.method.step(self, closure)
+        if self._entered and self.model is None:  # entered once for many passes
+            self.sites.restart()
+            self._begin_forward()
 
     def report(self) -> Report:
         """What became of each tensor that the last forward pass saved, and why."""
@@ -215,6 +227,8 @@ class Session:
     # Hooks
 
     def _pack(self, tensor: Tensor) -> Handle:
+        if not self._has_begun:  # the model is not called as a whole, or not yet
+            self._begin_forward()
         handle = Handle(tensor, self.sites.next())
         reason = self._reason_to_keep(tensor)
         if reason == _PARAMETER:
@@ -236,11 +250,14 @@ class Session:
     def _reason_to_keep(self, tensor: Tensor) -> str | None:
         if type(tensor) is not Tensor and not isinstance(tensor, nn.Parameter):
             return f"a {type(tensor).__name__}"
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
+        if not is_strided(tensor) or tensor.is_quantized or tensor.is_complex():
             return "not a dense tensor of real numbers"
-        identity = tensor.untyped_storage()._cdata
-        if identity in self._parameters or _is_parameter(tensor):
+        if tensor.untyped_storage()._cdata in self._parameters:
             return _PARAMETER
+        if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
+            return _PARAMETER
+        if _is_made_of_parameter(tensor):
+            return "made of a parameter"
         if tensor.numel() < max(1, self.method.smallest):
             return "small"
         if tensor.device.type == "meta":
@@ -290,7 +307,7 @@ class Session:
             handle.keep()
             return
         tensor = handle.tensor
-        consumer = consumer_of(node, node.name(), attribute, tensor, handle.requires_grad)
+        consumer = consumer_of(node, node.name(), attribute, tensor)
         self._decide(Use(tensor, handle, node, consumer, attribute, _relu_of(handle)))
 
     def _settle_all(self) -> None:
@@ -368,9 +385,10 @@ class Session:
 
     def _keep(self, handle: Handle, tensor: Tensor, consumer: Consumer | None, reason: str) -> None:
         handle.keep(self._outer)
-        storage = tensor.untyped_storage()  # a view holds all of it
-        raw = storage.nbytes() if self._is_new(storage, "") else 0
-        kept = storage.nbytes() if self._is_new(storage, "kept") else 0
+        raw = kept = 0
+        for storage in storages_within(tensor):  # a view holds all of it
+            raw += storage.nbytes() if self._is_new(storage, "") else 0
+            kept += storage.nbytes() if self._is_new(storage, "kept") else 0
         self._note(handle.site, consumer, "kept", None, raw, kept, reason)
 
     def _replace(
@@ -426,24 +444,33 @@ class Session:
         self._parameters = storages_of((*model.parameters(), *model.buffers()))
         kinds = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
         self._norms = {}
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, kinds) and module.weight is not None:
                 place = parameter_place(module.weight)
-                self._norms[place] = None if place in self._norms else module
+                self._norms[place] = None if place in self._norms else (name, module)
 
-    def _begin_forward(self, args: tuple, kwargs: dict) -> None:
-        if not torch.is_grad_enabled():
-            return
+    def _begin_forward(self) -> None:
+        """A forward pass begins, with the model's or with the first tensor that is saved."""
         self._forget_passes()
         self.forwards += 1
+        self._has_begun = True
+        self.method.begin_forward(self)  # which may look at the last report
         self._rows.clear()
         self._counted.clear()
         self._inputs = {}
+
+    def _begin_model(self, args: tuple, kwargs: dict) -> None:
+        if not torch.is_grad_enabled():
+            return
+        if self._has_run:
+            self.sites.restart()
+        if self._has_run or not self._has_begun:
+            self._begin_forward()
+        self._has_run = True
         for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+            if isinstance(leaf, Tensor) and is_strided(leaf):
                 storage = leaf.untyped_storage()
                 self._inputs[storage._cdata] = StorageWeakRef(storage)
-        self.method.begin_forward(self)
 
     def _forget_passes(self) -> None:
         """Settle what is left of earlier passes and let go of their nodes."""
@@ -452,7 +479,7 @@ class Session:
         self._tips.clear()
         self._pending = {key: own for key, own in self._pending.items() if own() is not None}
 
-    def _end_forward(self, outputs: Any) -> None:
+    def _end_model(self, outputs: Any) -> None:
         for leaf in tree_leaves(outputs):
             if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
                 self._see(leaf.grad_fn, complete=True)
@@ -475,10 +502,8 @@ def _relu_of(handle: Handle) -> Handle | None:
     return result if result.version == handle.version else None
 
 
-def _is_parameter(tensor: Tensor) -> bool:
-    """Is it a parameter, or a view or cast of one, as autocast makes them?"""
-    if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
-        return True
+def _is_made_of_parameter(tensor: Tensor) -> bool:
+    """Is it a cast or copy of a parameter, as autocast makes them?"""
     node = tensor.grad_fn
     while node is not None and node.name() in _CASTS_AND_VIEWS:
         node = node.next_functions[0][0]

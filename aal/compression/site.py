@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -15,7 +16,8 @@ class Site:
     """The k-th tensor that is saved in a certain call of a module, and what is known of it.
 
     Args:
-        module: name of the innermost module that was running; empty outside of the model.
+        module: name of the innermost module that was running, empty for the model itself;
+            ``OUTSIDE`` where that was not running.
         call: number of the call within the forward pass.
         number: of the tensor among those saved in the call.
         state: what a method remembers of the site from step to step.
@@ -32,6 +34,9 @@ class Site:
     def __str__(self) -> str:
         call = f"@{self.call}" if self.call else ""
         return f"{self.module or '(top)'}{call}[{self.number}]"
+
+
+OUTSIDE = "(outside)"  # no name of a module has parentheses
 
 
 class _Call:
@@ -62,13 +67,18 @@ class Sites:
         self._handles: list[Any] = []
         self.restart()
 
+    # A copy of the model that is made meanwhile has our hooks, which ignore it.
+
     def __deepcopy__(self, memo: dict) -> Sites:
-        return self  # a copy of the model that is made meanwhile has our hooks, which ignore it
+        return self
+
+    def __reduce__(self) -> tuple:
+        return Sites, (None, _nothing, _nothing)
 
     def restart(self) -> None:
         """Count calls and tensors from 0."""
         self._calls: dict[str, int] = {}
-        self._running = [_Call("", 0)]
+        self._running = [_Call(OUTSIDE, 0)]
 
     def next(self) -> Site:
         """The site of a tensor that is being saved."""
@@ -93,7 +103,6 @@ class Sites:
                 module.register_forward_hook(self._leave, always_call=True),
             ]
         if self.model._compiled_call_impl is not None:  # its own hooks would be compiled with it
-            self._begin((), {})
             return
         # The model's own arguments and outputs: first of all, and last of all.
         begin = self.model.register_forward_pre_hook(
@@ -108,25 +117,39 @@ class Sites:
         self._handles.clear()
         self._names.clear()
 
+    # A compiler that meets a hook passes over it, instead of compiling what is in it.
+
     def _enter(self, module: nn.Module, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         name = self._names.get(module)
         if name is not None:
             number = self._calls.get(name, 0)
-            self._calls[name] = number + 1
+            if torch.is_grad_enabled():  # a pass that saves nothing moves no site
+                self._calls[name] = number + 1
             self._running.append(_Call(name, number))
 
     def _leave(self, module: nn.Module, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         if module in self._names and len(self._running) > 1:
             self._running.pop()
 
     def _begin_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if torch.compiler.is_compiling():
+            return
         if module is self.model and len(self._running) == 1:  # not within itself
-            self.restart()
             self._begin(args, kwargs)
 
     def _end_model(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         if module is self.model:
             self._end(output)
+
+
+def _nothing(*_: Any) -> None:
+    """What a hook without a session does."""
 
 
 def _uncompiled_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

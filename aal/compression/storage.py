@@ -68,9 +68,31 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
-    """Do several elements share a place, as in an expanded tensor?"""
+    """Do several elements share a place, as in an expanded tensor or in overlapping windows?"""
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        return True
     pairs = zip(tensor.stride(), tensor.size(), strict=True)
     return any(stride == 0 and size > 1 for stride, size in pairs)
+
+
+def is_strided(tensor: Tensor) -> bool:
+    """Does it have one size and one stride, as no sparse and no nested tensor has?"""
+    return tensor.layout == torch.strided and not tensor.is_nested
+
+
+def storages_within(tensor: Tensor) -> list[torch.UntypedStorage]:
+    """The storages of a tensor: one, or those of the parts of a sparse tensor."""
+    if tensor.layout == torch.strided:
+        return [tensor.untyped_storage()]
+    if tensor.layout == torch.sparse_coo:
+        parts = (tensor._indices(), tensor._values())
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        parts = (tensor.crow_indices(), tensor.col_indices(), tensor.values())
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        parts = (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
+    else:  # a wrapper, whose parts nobody names
+        parts = ()
+    return [part.untyped_storage() for part in parts]
 
 
 class Payload:

@@ -280,4 +280,5 @@ def _kept(node: Any, name: str) -> Tensor | None:
 
 
 def _energy(x: Tensor) -> Tensor:
-    return x.detach().float().square().sum()
+    x = torch.view_as_real(x.detach().resolve_conj()) if x.is_complex() else x.detach()
+    return x.float().square().sum()

@@ -76,7 +76,7 @@ def quantise_groups(
     Raises:
         ValueError: ``bits`` or ``group`` is none of these.
     """
-    _check(bits, group, apart)
+    check_format(bits, group, apart)
     return GroupCode(*_quantise(x.contiguous(), bits, noise.seed, noise.start, group, apart))
 
 
@@ -89,7 +89,7 @@ def dequantise_groups(
     apart: bool = False,
 ) -> Tensor:
     """Decode what ``quantise_groups`` returned for ``numel`` elements: (numel,) of ``dtype``."""
-    _check(bits, group, apart)
+    check_format(bits, group, apart)
     return _dequantise(*code, bits, numel, dtype, group, apart)
 
 
@@ -101,7 +101,7 @@ def positive_groups(
     Returns:
         (numel,) of ``dtype``: 1 where they were, else 0.
     """
-    _check(bits, group, apart=True)
+    check_format(bits, group, apart=True)
     out = code.codes.new_empty(len(code.codes), 8 // bits, group * bits // 8, dtype=dtype)
     for plane in range(8 // bits):
         out[:, plane] = (code.codes & (2**bits - 1) << plane * bits) > 0
@@ -119,7 +119,8 @@ def rounding_variance(code: GroupCode, group: int = GROUP) -> Tensor:
     return width.square().sum() * (group / 6)
 
 
-def _check(bits: int, group: int, apart: bool) -> None:
+def check_format(bits: int, group: int, apart: bool = False) -> None:
+    """Raise a ``ValueError`` for a format that ``quantise_groups`` does not have."""
     if bits not in BITS:
         raise ValueError(f"bits must be one of {BITS}, got {bits}")
     if apart and bits == 1:

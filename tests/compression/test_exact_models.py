@@ -159,3 +159,41 @@ def test_a_copy_of_a_model_has_a_session_of_its_own():
     model, x = vit(), torch.randn(8, 6, 16)
     check_model("exact", model, x)
     assert "replay" in codecs(check_model("exact", copy.deepcopy(model), x))
+
+
+def test_statistics_that_move_between_forward_and_backward():
+    """A pass in training moves the statistics that one in evaluation was made with."""
+    model, x = resnet(), torch.randn(2, 4, 3, 16, 16)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def gradients_of(method: str) -> list[Tensor]:
+        model.load_state_dict(state)
+        with session_of(method, model):
+            model.eval()
+            y = model(x[0])
+            model.train()
+            model(5 * x[1] + 3)
+        # The weights of the last layers, before which no norm has been gone through backward.
+        return list(torch.autograd.grad(y.sum(), list(model[5].conv2.parameters())))
+
+    expected = gradients_of("none")
+    for one, other in zip(gradients_of("exact"), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", ["layer norm", "batch norm"])
+def test_a_norms_weight_in_a_function_of_another_epsilon(kind):
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(16) if kind == "layer norm" else nn.BatchNorm1d(16)
+            self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x, norm = self.first(x), self.norm
+            if kind == "layer norm":
+                return self.last(F.layer_norm(x, (16,), norm.weight, norm.bias, eps=0.5))
+            statistics = norm.running_mean, norm.running_var
+            return self.last(F.batch_norm(x, *statistics, norm.weight, norm.bias, eps=0.5))
+
+    check_model("exact", Other().eval(), torch.randn(40, 16))

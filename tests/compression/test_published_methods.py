@@ -61,6 +61,17 @@ def gradient(net: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in net.parameters()])
 
 
+def test_what_the_front_door_refuses():
+    with pytest.raises(ValueError, match="'zip'; choose from none, exact"):
+        aal.compress("zip")
+    with pytest.raises(TypeError, match="adaptive has no option 'level', only bits, budget"):
+        aal.compress("adaptive", level="L1")
+    with pytest.raises(TypeError, match="exact has no option 'bits', only none"):
+        aal.compress("exact", bits=4)
+    with pytest.raises(TypeError, match="model must be an nn.Module, got list"):
+        aal.compress("exact", model=[nn.Linear(2, 2)])
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_forward_pass_and_the_random_state_are_as_without(method, network):

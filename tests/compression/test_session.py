@@ -448,8 +448,73 @@ def test_a_copy_made_inside_a_session_does_without(method):
         twin(x)
     others = {row.site for row in session.report().rows} - sites
     assert session.forwards == 1
-    assert others and all(site.startswith("(top)") for site in others)
+    assert others and all(site.startswith("(outside)") for site in others)
     assert_same_bits(plain(twin, x), plain(model, x))
+
+
+@every_method
+def test_a_model_that_is_stored_inside_a_session(method):
+    model, x = vit(), torch.randn(2, 5, 16)
+    with session_of(method, model):
+        twin = pickle.loads(pickle.dumps(model))
+        model(x)
+    for copied in (twin, pickle.loads(pickle.dumps(copy.deepcopy(twin)))):
+        assert_same_bits(plain(copied, x), plain(model, x))
+
+
+@pytest.mark.parametrize("method", LOSSY)
+def test_models_that_are_not_called_as_a_whole(method):
+    """Every pass rounds anew, adapts and has its own report all the same."""
+    model, x = vit(), torch.randn(2, 5, 16)
+    session = session_of(method, model)
+    found = []
+    for _ in range(3):
+        with session:
+            y = model[2](model[1](model[0](x)))
+        found.append(torch.autograd.grad(y.sum(), model[1].expand.weight)[0])
+        rows = len(session.report().rows)
+        session.step()
+    assert session.forwards == 3
+    assert method not in ROUNDING_RANDOMLY or not torch.equal(found[1], found[2])
+    with session:
+        model[1](model[0](x))
+    assert len(session.report().rows) < rows
+
+
+@every_method
+def test_what_is_saved_outside_of_the_model_has_sites_of_its_own(method):
+    """A tensor of the model's own forward pass is another than one of the loss."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.silu(self.layer(x) * 1)
+
+    model, x = Model(), torch.randn(40, 16, requires_grad=True)
+    session = session_of(method, model)
+    for _ in range(2):
+        with session:
+            loss = F.gelu(model(F.gelu(x * 1)) * 1000).sin().sum()
+        loss.backward()
+    names = [row.site for row in session.report().rows]
+    assert len(set(names)) == len(names)
+    assert {name.partition("[")[0] for name in names} == {"(outside)", "(top)", "layer"}
+
+
+@every_method
+def test_a_session_entered_once_for_many_steps(method):
+    layer = nn.Linear(16, 16)
+    session, rows = session_of(method), []
+    with session:
+        for _ in range(4):
+            layer(torch.randn(40, 16, requires_grad=True)).sin().sum().backward()
+            session.step()
+            rows.append(len(session.report().rows))
+    assert session.forwards == 5 and max(rows) <= 4
+    assert len(list(session.sites)) <= 4
 
 
 @every_method
@@ -592,6 +657,19 @@ def test_compiled_regions(method, case, fresh_compiler):
             tolerance = max(TOLERANCE[method], 1e-5)
             assert (one - other).norm() <= tolerance * other.norm() + tolerance
     assert session.report().rows
+    assert session.forwards == 3
+
+
+@compiling
+@pytest.mark.parametrize("method", ["adaptive", "exact"])
+def test_a_compiled_wrapper_of_the_model_that_is_given(method, fresh_compiler):
+    model, x = vit(), torch.randn(2, 5, 16)
+    expected, leaves = plain(model, x), list(model.parameters())
+    wrapper, session = torch.compile(model, backend="aot_eager"), session_of(method, model)
+    for _ in range(3):
+        found = gradients(lambda: wrapper(x), leaves, session)
+        for one, other in zip(found, expected, strict=True):
+            assert (one - other).norm() <= 0.1 * other.norm() + 0.1
     assert session.forwards == 3
 
 
