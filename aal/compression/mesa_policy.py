@@ -7,9 +7,10 @@ A policy is lines of text. ``#`` starts a comment, and blank lines do not count:
     KEY: VALUE                  settings of these layers: enable, level, ema_decay
 
 Lists are separated by spaces or commas. The layers of a tag are counted from 0, in the order in
-which they first run; one whose tensors are too small to be compressed does not count. A section takes effect at each of its epochs, or before training if it has
-none; of two settings of a layer the later one counts, and of those that take effect together the
-lower one in the file. What no rule sets is as in ``Settings()``: not compressed.
+which they first run; one whose tensors are too small to be compressed does not count. A section
+takes effect at each of its epochs, or before training if it has none; of two settings of a layer
+the later one counts, and of those that take effect together the lower one in the file. What no rule
+sets is as in ``Settings()``: not compressed.
 
 Source: the policy files of Mesa (Pan et al., 2021, arXiv:2111.11124). Unlike there, a line that
 is not understood is an error and not the end of the file.
