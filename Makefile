@@ -20,6 +20,9 @@ bench-cpu: setup
 	$(BIN)/python benchmarks/patch_speed.py
 	$(BIN)/python benchmarks/patch_accuracy.py
 	$(BIN)/python benchmarks/compression_memory.py
+	$(BIN)/python benchmarks/compression_quality.py
+	$(BIN)/python benchmarks/compression_speed.py
+	$(BIN)/python benchmarks/compression_accuracy.py
 	$(BIN)/python benchmarks/translation_memory.py
 	$(BIN)/python benchmarks/translation_speed.py
 	$(BIN)/python benchmarks/translation_accuracy.py

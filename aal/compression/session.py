@@ -55,6 +55,7 @@ _CASTS_AND_VIEWS = (
     "CloneBackward0",
 )
 _PARAMETER = "parameter"
+_LAST = "saved last: its node was not seen"
 _CHECKPOINT = "torch/utils/checkpoint.py"
 
 
@@ -155,12 +156,7 @@ class Session:
                 self._settle_all()
         finally:
             for handle in self._still_pending():
-                self._keep(
-                    handle,
-                    handle.tensor,
-                    None,
-                    "saved last: by what is not seen",
-                )
+                self._keep(handle, handle.tensor, None, _LAST)
             self._pending.clear()
             self._visited.clear()
             self._tips.clear()

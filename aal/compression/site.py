@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+OUTSIDE = "(outside)"  # no name of a module has parentheses
+
 
 @dataclass(eq=False)
 class Site:
@@ -34,9 +36,6 @@ class Site:
     def __str__(self) -> str:
         call = f"@{self.call}" if self.call else ""
         return f"{self.module or '(top)'}{call}[{self.number}]"
-
-
-OUTSIDE = "(outside)"  # no name of a module has parentheses
 
 
 class _Call:
