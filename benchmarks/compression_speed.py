@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from interleaved import compare, random_batch, take_turns
 from record import record
-from torch import nn
 from torchvision.models import resnet18
 
 import aal
@@ -62,7 +61,7 @@ def training_steps() -> dict[str, dict[str, float]]:
 def quantiser() -> dict[str, dict[str, dict[str, float]]]:
     rows = {}
     for dtype in DTYPES:
-        x = nn.functional.relu(torch.randn(SHAPE)).to(dtype)
+        x = F.relu(torch.randn(SHAPE)).to(dtype).flatten()
 
         def round_trip(bits: int, x: torch.Tensor = x) -> None:
             codec = Groups(bits)
