@@ -236,43 +236,62 @@ def _quantise(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     code = GroupCode(*empty_code(x, bits, group))
     columns = SUPERBLOCK * group
-    whole = x.numel() // columns
+    whole = x.numel() // columns  # superblocks
+    rows = x[: whole * columns].view(-1, group)
+    # Ranges of all groups at once: that is one pass more through memory, and few operations.
+    least, largest = (end.float().view(-1, SUPERBLOCK) for end in (rows.amin(1), rows.amax(1)))
+    usable = torch.stack([-least, largest]).amax((0, 2)) <= LIMIT  # NaN is not
+    ranges = _encode_ranges(least, largest)
+    base, scale, _ = (each.view(-1, 1) for each in _steps(*ranges, _levels(bits, apart)))
+    for kept, new in zip(code[1:3], ranges[:2], strict=True):
+        kept[: len(rows)] = new.view(-1)
+    code.frame[:whole] = ranges[2]
+    place = None  # memory for all tiles
     for piece in (*tiles(whole, columns, x.device), slice(whole, len(code.frame))):
         first = piece.start * columns
-        values = x[first : piece.stop * columns]
-        noise = Noise(seed, start + first)
-        how = bits, noise, group, apart
-        tile = _quantise_usable(values, *how) if piece.start < whole else None
-        if tile is None:
-            tile = quantise_groups_reference(values, *how)
         groups = slice(piece.start * SUPERBLOCK, piece.stop * SUPERBLOCK)
+        noise = Noise(seed, start + first)
+        if piece.start < whole and usable[piece].all():
+            own = rows[groups]
+            place = own.new_empty(own.shape, dtype=torch.float32) if place is None else place
+            how = base[groups], scale[groups], place[: len(own)], bits, noise, apart
+            code.codes[groups] = _codes_of_usable(own, *how)
+            continue
+        values = x[first : piece.stop * columns]
+        tile = quantise_groups_reference(values, bits, noise, group, apart)
         for kept, new in zip(code[:3], tile[:3], strict=True):
             kept[groups] = new
         code.frame[piece] = tile.frame
     return tuple(code)
 
 
-def _quantise_usable(
-    x: Tensor, bits: int, noise: Noise, group: int, apart: bool
-) -> GroupCode | None:
-    """The code of whole superblocks, or None if a value is not finite or too large."""
-    values = x.view(-1, group).float()
-    least, largest = (end.view(-1, SUPERBLOCK) for end in (values.amin(1), values.amax(1)))
-    if not torch.stack([-least, largest]).amax() <= LIMIT:  # NaN is not, either
-        return None
-    low, high, frame = _encode_ranges(least, largest)
-    levels = _levels(bits, apart)
-    base, scale, _ = (each.view(-1, 1) for each in _steps(low, high, frame, levels))
-    place = torch.sub(values, base).mul_(scale)
+def _codes_of_usable(
+    x: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    place: Tensor,
+    bits: int,
+    noise: Noise,
+    apart: bool,
+) -> Tensor:
+    """Codes of groups (n, group) of finite numbers that are not too large.
+
+    ``place`` is memory that is overwritten: float32 of the shape of ``x``.
+    """
+    if x.dtype == place.dtype:
+        torch.sub(x, base, out=place)
+    else:
+        place.copy_(x).sub_(base)
+    place.mul_(scale)
     for first in range(0, x.numel(), CHUNK):
         piece = place.view(-1)[first : first + CHUNK]
         piece.add_(noise.piece(first, len(piece), x.device))
     # No place is below 0, but for rounding that the conversion cuts off: ranges hold their values.
-    place.clamp_max_(levels)
+    place.clamp_max_(_levels(bits, apart))
     codes = place.to(torch.int8 if bits < 8 else torch.uint8)  # to int8 is several times as fast
     if apart:
-        codes += x.view_as(codes) > 0
-    return GroupCode(_pack(codes, bits), low.view(-1), high.view(-1), frame)
+        codes += x > 0
+    return _pack(codes, bits)
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
@@ -327,13 +346,20 @@ def _dequantise(
     code = GroupCode(codes, low, high, frame)
     base, _, step = _steps_of_groups(code, _levels(bits, apart))
     out = codes.new_empty(len(codes), group, dtype=dtype)
+    single = None  # memory for all tiles
     for piece in tiles(len(codes), group, codes.device):
-        is_single = dtype == torch.float32
-        values = out[piece] if is_single else out.new_empty(out[piece].shape, dtype=torch.float32)
+        values = out[piece]
+        if dtype != torch.float32:
+            single = (
+                values.new_empty(values.shape, dtype=torch.float32) if single is None else single
+            )
+            values = single[: len(values)]
         planes = values.view(len(values), 8 // bits, -1)
         for plane in range(8 // bits):
-            own = codes[piece] >> plane * bits & 2**bits - 1
-            planes[:, plane].copy_(own.clamp_min_(1).sub_(1) if apart else own)
+            own = codes[piece] >> plane * bits if plane else codes[piece]
+            if (plane + 1) * bits < 8:
+                own = own & 2**bits - 1
+            planes[:, plane].copy_(own.clamp_min(1).sub_(1) if apart else own)
         values.mul_(step[piece]).add_(base[piece])
         if dtype != torch.float32:
             out[piece] = values
