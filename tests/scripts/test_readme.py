@@ -225,3 +225,39 @@ def test_its_bytes_of_compressors_are_the_recorded_ones():
     keys = ("plain", "asa1, lean approx", "asa1, lean approx + adaptive 4 bit")
     for key in (*keys, "checkpoint + adaptive 4 bit"):
         assert f"{blocks[key]:.2f}" in words
+    bottlenecks = record["bottleneck_bytes_per_pixel_and_inner_channel"]
+    for key in ("plain", "ara(2), lean exact + adaptive 4 bit"):
+        assert f"{bottlenecks[key]:.2f}" in words
+
+
+def test_its_errors_of_compressors_are_the_recorded_ones():
+    networks = _record("compression_quality")["networks"].values()
+    rows = _table("| at the bytes of |")
+    assert len(rows) == len(_record("compression_quality")["networks"]["ViT"])
+    for label, *cells in rows:
+        for network, found in zip(networks, (cells[:3], cells[3:]), strict=True):
+            published, adaptive = network[label]["published"], network[label]["adaptive"]
+            assert adaptive["mib"] <= published["mib"]
+            recorded = [published["mib"], published["error"], adaptive["error"]]
+            assert found[0] == f"{recorded[0]:.1f}"
+            assert [float(error) for error in found[1:]] == pytest.approx(recorded[1:], rel=0.05)
+
+
+def test_its_times_of_compressors_are_the_recorded_ones():
+    record = _record("compression_speed_cpu")
+    rows = _table("| compressor | step of ResNet-18 |")
+    assert len(rows) == len(record["training_step"])
+    for label, ratio in rows:
+        recorded = record["training_step"][label]["median_ratio"]
+        assert ratio == f"{recorded:.2f}"
+    for label, *ratios in _table("| quantise and restore |"):
+        recorded = [dtype[label]["median_ratio"] for dtype in record["quantiser"].values()]
+        assert ratios == [f"{ratio:.1f}" for ratio in recorded]
+
+
+def test_its_accuracies_of_compressors_are_the_recorded_ones():
+    networks = _record("compression_accuracy")["networks"].values()
+    rows = _table("| compressor | ResNet-18, test accuracy % |")
+    for row, *records in zip(rows, *(network.values() for network in networks), strict=True):
+        expected = [f"{r['accuracy_mean']:.1f} ± {r['accuracy_sd']:.1f}" for r in records]
+        assert row[1:] == expected
