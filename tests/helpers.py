@@ -114,9 +114,17 @@ def spelled_out(
 
 
 def compiling(test: Callable[..., None]) -> Callable[..., None]:
-    """Mark a test that compiles; the compiler itself instantiates ``torch.autograd.Function``."""
-    message = "ignore:.*should not be instantiated:DeprecationWarning"
-    return pytest.mark.slow(pytest.mark.filterwarnings(message)(test))
+    """Mark a test that compiles.
+
+    The compiler itself instantiates ``torch.autograd.Function``, and that of PyTorch 2.11 asks
+    tensors that are no leaves for their gradient.
+    """
+    for message in (
+        "ignore:.*should not be instantiated:DeprecationWarning",
+        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+    ):
+        test = pytest.mark.filterwarnings(message)(test)
+    return pytest.mark.slow(test)
 
 
 def assert_compiles(module: nn.Module, *inputs: Tensor, backend: str = "aot_eager") -> None:

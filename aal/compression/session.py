@@ -7,6 +7,7 @@ import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ _CASTS_AND_VIEWS = (
 _PARAMETER = "parameter"
 _LAST = "saved last: its node was not seen"
 _CHECKPOINT = "torch/utils/checkpoint.py"
+_NOT_COMPILING = "torch/_dynamo/eval_frame.py"  # stands before the hook in PyTorch 2.11
 
 
 class Session:
@@ -122,7 +124,8 @@ class Session:
             )
         if self._entered and owner is not self:
             raise RuntimeError("a compressor that is entered again must still be the innermost")
-        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, Handle.restore)
+        pack = MethodType(_not_compiled(Session._pack), self)
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, Handle.restore)
         hooks.__enter__()
         self._entered.append(hooks)
         if len(self._entered) == 1:
@@ -481,6 +484,12 @@ class Session:
                 self._see(leaf.grad_fn, complete=True)
 
 
+@functools.cache
+def _not_compiled(function: Callable) -> Callable:
+    """The function, as what a compiler calls and does not look into. Imports the compiler."""
+    return torch.compiler.disable(function)
+
+
 def _active_hooks() -> tuple[tuple[Callable, Callable] | None, Any]:
     """The innermost pair of saved-tensor hooks, if any, and whose method packs."""
     pair = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -508,12 +517,13 @@ def _is_made_of_parameter(tensor: Tensor) -> bool:
 
 def _is_saved_by_checkpoint() -> bool:
     """Is the innermost Python code behind the hook that of a checkpoint, and no recomputation?"""
-    frame = sys._getframe(1)
+    frame = sys._getframe(1).f_back
     for _ in range(2):
-        frame = frame.f_back
+        while frame is not None and frame.f_code.co_filename.endswith(_NOT_COMPILING):
+            frame = frame.f_back
         if frame is None:  # backward in a thread of its own
             return False
-        code = frame.f_code
+        code, frame = frame.f_code, frame.f_back
         if code.co_filename.endswith(_CHECKPOINT) and code.co_name != "backward":
             return True
     return False

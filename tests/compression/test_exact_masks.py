@@ -190,7 +190,10 @@ LOOKING = {
 
 @pytest.mark.parametrize("name", LOOKING)
 def test_what_is_compared_or_divided_by_stays_exact(name):
-    assert_exact(LOOKING[name], torch.randn(4, 12))
+    x = torch.randn(4, 12)
+    if type(LOOKING[name](x.clone().requires_grad_()).grad_fn).__name__ == "NotImplemented":
+        pytest.skip("this version of PyTorch has no derivative of it")
+    assert_exact(LOOKING[name], x)
 
 
 @pytest.mark.parametrize("method", METHODS)
