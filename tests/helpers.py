@@ -1,7 +1,10 @@
 """What several test files need: random tensors, comparisons and the rules spelled out."""
 
 import copy
+import re
+import runpy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -193,3 +196,15 @@ def train(
     y.backward(cotangent_of(y))
     found = {"input": x.grad} | {name: p.grad for name, p in module.named_parameters()}
     return y.detach(), found, {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+
+def code_blocks(markdown: str, language: str) -> list[str]:
+    """The code of a text in a language, block by block."""
+    return re.findall(rf"```{language}\n(.*?)```", markdown, flags=re.DOTALL)
+
+
+def run_code(blocks: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Run blocks of Python as one file, written to ``folder``; return its names."""
+    path = folder / "blocks.py"
+    path.write_text("\n".join(blocks))
+    return runpy.run_path(str(path))

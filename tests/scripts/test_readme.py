@@ -3,13 +3,13 @@
 import io
 import json
 import re
-import runpy
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers import code_blocks, run_code
 from scripts.conftest import SMALL, SMALL_TRANSFORMER, TRANSLATION_OF_THE_PAPER
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,21 +17,19 @@ README = (ROOT / "README.md").read_text()
 
 
 def _blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    return code_blocks(README, language)
 
 
 def test_its_python_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
     monkeypatch.chdir(ROOT)
-    (tmp_path / "readme.py").write_text("\n".join(_blocks("python")))
-    names = runpy.run_path(str(tmp_path / "readme.py"))
+    names = run_code(_blocks("python"), tmp_path)
     assert "resnet" in names and names["y"].shape == (8, 65, 64)
     assert "LinearASA" in capsys.readouterr().out
 
 
 def test_its_report_is_what_the_code_prints(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys):
     monkeypatch.chdir(ROOT)
-    (tmp_path / "readme.py").write_text("\n".join(_blocks("python")[:2]))
-    runpy.run_path(str(tmp_path / "readme.py"))
+    run_code(_blocks("python")[:2], tmp_path)
     printed = capsys.readouterr().out.strip()
     assert printed in _blocks("text")[0]
 
