@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from aal import Conv2dABA, Conv2dARA, Conv2dASA
 from aal.lean import relu_packed, replay
+from aal.rules.groups import first_of_groups
 from aal.rules.weights import load_weights
 
 __all__ = ["MODELS", "BasicBlock", "Bottleneck", "ResNet", "build", "load_weights"]
@@ -300,14 +301,7 @@ def _exact_blocks(
     changes_shape = [
         j == 0 and (i > 0 or block.expansion > 1) for i in range(4) for j in range(depths[i])
     ]
-    exact, stage, place = [], 0, 0
-    if changes_shape[0]:  # the first block of a bottleneck network, before the four stages
-        exact.append(True)
-        changes_shape = changes_shape[1:]
-    for closes_stage in changes_shape:
-        exact.append(place % ara_stride[stage] == 0)
-        stage, place = (stage + 1, 0) if closes_stage else (stage, place + 1)
-    return exact
+    return first_of_groups(changes_shape, ara_stride)
 
 
 def _inputs(convolution: nn.Module, x: Tensor, aux: Tensor) -> tuple[Tensor, ...]:

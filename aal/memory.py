@@ -86,22 +86,22 @@ class Report:
         return "\n".join([title, ruler, *body, ruler, total + ratio])
 
 
-def report(model: nn.Module, *inputs: Any) -> Report:
+def report(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Report:
     """Measure one forward pass of ``model`` module by module, beside backpropagation.
 
     Args:
         model: measured as it is, then with the ``stock_forward`` of every module that has one (the
             layers of this package do) in place of its ``forward``.
-        inputs: the model's arguments; their storages are not counted.
+        inputs, named_inputs: the model's arguments; their storages are not counted.
 
     Returns:
         A ``Report``. A storage counts for the module that saved it first; modules that save
         nothing either way are left out. Buffers and random state of the model are as before.
     """
     with preserved(model), torch.enable_grad():
-        saved = _measure_modules(model, inputs)
+        saved = _measure_modules(model, inputs, named_inputs)
         with _stock(model):
-            stock = _measure_modules(model, inputs)
+            stock = _measure_modules(model, inputs, named_inputs)
     rows = [
         Row(name or "(top)", type(module).__name__, saved.get(name, 0), stock.get(name, 0))
         for name, module in model.named_modules()
@@ -126,7 +126,9 @@ def _stock(model: nn.Module) -> Iterator[None]:
                 module.forward = forward
 
 
-def _measure_modules(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, int]:
+def _measure_modules(
+    model: nn.Module, inputs: tuple[Any, ...], named_inputs: dict[str, Any]
+) -> dict[str, int]:
     """Saved bytes by the name of the innermost module that was running."""
     running, handles = [""], []
 
@@ -141,7 +143,7 @@ def _measure_modules(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, int
         handles.append(module.register_forward_pre_hook(enter))
         handles.append(module.register_forward_hook(leave, always_call=True))
     try:
-        return _saved_by_module(model, inputs, {}, lambda: running[-1])
+        return _saved_by_module(model, inputs, named_inputs, lambda: running[-1])
     finally:
         for handle in handles:
             handle.remove()

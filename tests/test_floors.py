@@ -24,7 +24,14 @@ FLOORS = {
     "aal/feed_forward.py": ("aal.ops", "aal.rules", "aal.lean", "aal.method"),
     "aal/attention.py": ("aal.ops", "aal.rules", "aal.lean", "aal.method"),
     "aal/compression": ("aal.ops", "aal.lean", "aal.preserved"),
-    "aal/__init__.py": ("aal.ops", "aal.rules", "aal.compression", "aal.indicator"),
+    "aal/conversion": ("aal.ops", "aal.rules", "aal.lean", "aal.method", "aal.memory"),
+    "aal/__init__.py": (
+        "aal.ops",
+        "aal.rules",
+        "aal.compression",
+        "aal.conversion",
+        "aal.indicator",
+    ),
     "aal/training": ("aal",),
 }
 MODEL_FOLDERS = sorted(path.parent for path in ROOT.glob("*/train.py"))

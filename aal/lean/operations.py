@@ -52,7 +52,7 @@ def operation_of(layer: nn.Module, x: Tensor, owns_input: bool) -> tuple[Operati
         return layer.replay_operation()
     if kind is nn.Conv2d and layer.padding_mode == "zeros":
         arguments = (layer.stride, layer.padding, layer.dilation, layer.groups)
-        return _Convolution(geometry(layer.weight, *arguments)), (layer.weight, layer.bias)
+        return ConvolutionOperation(geometry(layer.weight, *arguments)), (layer.weight, layer.bias)
     if kind is nn.BatchNorm2d:
         return _batch_norm_operation(layer, x)
     if kind is nn.MaxPool2d:
@@ -60,7 +60,7 @@ def operation_of(layer: nn.Module, x: Tensor, owns_input: bool) -> tuple[Operati
     if kind is nn.LayerNorm:
         return _LayerNorm(tuple(layer.normalized_shape), layer.eps), (layer.weight, layer.bias)
     if kind is nn.Linear:
-        return _Linear(), (layer.weight, layer.bias)
+        return LinearOperation(), (layer.weight, layer.bias)
     if kind is Transpose:
         return _Transpose(), ()
     if kind in (nn.Dropout, Dropout):
@@ -73,7 +73,7 @@ def operation_of(layer: nn.Module, x: Tensor, owns_input: bool) -> tuple[Operati
     )
 
 
-class _Convolution(NamedTuple):
+class ConvolutionOperation(NamedTuple):
     """Parameters: weight and bias."""
 
     where: Geometry
@@ -152,7 +152,7 @@ class _LayerNorm(NamedTuple):
         return grad_x, tuple(grads)
 
 
-class _Linear(NamedTuple):
+class LinearOperation(NamedTuple):
     """Parameters: weight and bias."""
 
     def forward(self, x: Tensor, parameters: Tensors) -> tuple[Tensor, Tensors, Tensors]:

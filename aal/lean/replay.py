@@ -6,7 +6,6 @@ norm keeps anyway. Replays reuse the batch statistics of the forward pass, so ru
 are updated once. The last layer of a chain is never replayed.
 """
 
-import contextlib
 import itertools
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from aal.lean.operations import may_return_input, operation_of
-from aal.ops.autocast import is_autocast_on
+from aal.ops.autocast import autocast_again, autocast_dtype
 from aal.ops.operation import Operation, Tensors
 
 
@@ -91,7 +90,7 @@ class ReplayFunction(torch.autograd.Function):
         sources = tensors[: chain.num_sources] if chain.recipe else (x,)
         ctx.chain, ctx.num_first = chain, len(sources)
         ctx.num_kept = [len(keep) for keep in kept]
-        ctx.autocast = torch.get_autocast_dtype(x.device.type) if is_autocast_on(x) else None
+        ctx.autocast = autocast_dtype(x.device)
         ctx.save_for_backward(*sources, *sum(parameters, ()), *sum(kept, ()))
         ctx.mark_non_differentiable(*updates)
         return y, *updates
@@ -105,7 +104,7 @@ class ReplayFunction(torch.autograd.Function):
         first, rest = saved[: ctx.num_first], saved[ctx.num_first :]
         parameters = _split(rest, chain.num_parameters)
         kept = _split(rest[sum(chain.num_parameters) :], ctx.num_kept)
-        with _autocast(grad.device, ctx.autocast):
+        with autocast_again(grad.device, ctx.autocast):
             inputs = [chain.recipe(first) if chain.recipe else first[0]]
             for i, operation in enumerate(operations[:-1]):
                 y, kept[i] = operation.replay(inputs[i], parameters[i], kept[i])
@@ -155,13 +154,6 @@ def _update_running_statistics(layer: nn.BatchNorm2d, mean: Tensor, var: Tensor)
             layer.num_batches_tracked.add_(1)
             layer.running_mean.copy_(mean)
             layer.running_var.copy_(var)
-
-
-def _autocast(device: torch.device, dtype: torch.dtype | None):
-    """Autocast as it was in the forward pass, whatever it is around the backward pass."""
-    if device.type == "meta":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def _split(items: tuple, sizes: list[int]) -> list[tuple]:

@@ -4,6 +4,8 @@ PyTorch's autocast keeps a half-precision copy of every weight until backward. T
 keep the weight itself and cast it again when they need it.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -34,3 +36,17 @@ def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def is_autocast_on(x: Tensor) -> bool:
     """Is autocast on for the device of ``x``? The meta device has none, and may not be asked."""
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast for a device; None where it is off."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def autocast_again(device: torch.device, dtype: torch.dtype | None):
+    """Autocast as it was when ``autocast_dtype`` returned ``dtype``, whatever it is now."""
+    if device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)

@@ -258,6 +258,24 @@ def conv2d_asa(
     return batched(apply, x)
 
 
+def sign_operation(
+    observer: Observer | None, relu: bool, epsilon: float, lr_expansion: float, scale: str
+) -> Operation:
+    """``linear_asa`` in a replayed chain: parameters are weight and bias."""
+    return _SignOperation(_sign(relu, epsilon, lr_expansion, scale), observer)
+
+
+def auxiliary_sign(
+    x: Tensor, *, relu: bool, epsilon: float, lr_expansion: float, scale: str = "fixed"
+) -> tuple[Tensor, Tensor, float]:
+    """What ``auxiliary`` of a layer returns (see ``aal.rules.layer``) for an input."""
+    r = signs(x, low=_low(relu)) * epsilon
+    if scale == "fixed":
+        return x + r, r, lr_expansion
+    size = sign_scale(as_rows(x), _low(relu), epsilon).view(*x.shape[:-1], 1)
+    return x + r, size * signs(x, low=_low(relu)), 1.0
+
+
 class _SignLayer(RuleLayer):
     """The options of both ASA layers; stands before the layer of PyTorch among the bases."""
 
@@ -272,8 +290,7 @@ class _SignLayer(RuleLayer):
 
     def auxiliary(self, x: Tensor, code: SignCode | None = None) -> tuple[Tensor, Tensor, float]:
         """See ``aal.rules.layer``."""
-        r = signs(x, low=_low(self.relu)) * self.epsilon
-        return x + r, r, self.lr_expansion
+        return auxiliary_sign(x, **self.options())
 
     def extra_repr(self) -> str:
         own = (f"{name}={value}" for name, value in self.options().items())
@@ -293,14 +310,11 @@ class LinearASA(_SignLayer, nn.Linear):
     def __init__(self, *args, scale: str = "fixed", **kwargs):
         super().__init__(*args, **kwargs)
         self.scale = scale
-        self._sign()  # refuses an unknown scale
+        _sign(**self.options())  # refuses an unknown scale
 
     def options(self) -> dict[str, bool | float | str]:
         """The keyword arguments of ``linear_asa``."""
         return super().options() | {"scale": self.scale}
-
-    def _sign(self) -> _Sign:
-        return _sign(**self.options())
 
     def forward(self, x: Tensor, code: SignCode | None = None) -> Tensor:
         """See ``linear_asa``."""
@@ -311,18 +325,9 @@ class LinearASA(_SignLayer, nn.Linear):
         """Backpropagation: what ``nn.Linear`` computes and keeps."""
         return nn.Linear.forward(self, x)
 
-    def auxiliary(self, x: Tensor, code: SignCode | None = None) -> tuple[Tensor, Tensor, float]:
-        """See ``aal.rules.layer``."""
-        h, r, gain = super().auxiliary(x)
-        if self.scale == "fixed":
-            return h, r, gain
-        size = sign_scale(as_rows(x), _low(self.relu), self.epsilon).view(*x.shape[:-1], 1)
-        return h, size * signs(x, low=_low(self.relu)), 1.0
-
     def replay_operation(self) -> tuple[Operation, Tensors]:
         """See ``aal.ops.operation``."""
-        operation = _SignOperation(self._sign(), self.active_observer())
-        return operation, (self.weight, self.bias)
+        return sign_operation(self.active_observer(), **self.options()), (self.weight, self.bias)
 
 
 class Conv2dASA(_SignLayer, Conv2dRule):

@@ -1,0 +1,1 @@
+"""Rules and lean layers for any model, in place."""

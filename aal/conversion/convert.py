@@ -1,0 +1,114 @@
+"""The front door: give a model a rule and lean layers, and take them away again."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from aal.conversion.placement import Patterns
+from aal.conversion.plan import LEFT_ALONE, Plan
+from aal.conversion.swap import restore
+from aal.method import LEAN
+from aal.ops.derivative_code import DERIVATIVES
+from aal.rules.asa import SCALES
+from aal.rules.placement import RULES
+
+RULES_OF_CONVERT = (*RULES, "asa", "aba", "ara")
+DEFAULT_STRIDE = (2, 2, 2, 2)
+_DEFAULTS = {"epsilon": 0.01, "lr_expansion": 100.0, "scale": "fixed", "derivative": "fitted"}
+_CHOICES = {"scale": SCALES, "derivative": tuple(DERIVATIVES)}
+
+
+def convert(
+    model: nn.Module,
+    rule: str,
+    *,
+    include: Patterns | None = None,
+    exclude: Patterns = (),
+    placement: Mapping[int, Patterns] | None = None,
+    stride: Sequence[int] | None = None,
+    lean: str = "off",
+    **options: Any,
+) -> nn.Module:
+    """Give a model a learning rule and lean layers, in place.
+
+    Modules get another forward pass and stay what they are: the same objects with the same
+    parameters, names and hooks. ABA adds a parameter ``aux`` to each of its layers. Calling it
+    again changes what is asked to be different; ``revert`` undoes it.
+
+    Args:
+        model: of any library. Of BERT, RoBERTa, DistilBERT, GPT-2, Llama, T5, ViT, DeiT, Swin and
+            MLP-Mixer of transformers, timm and torchvision it is known which layers a rule is for.
+        rule: "bp"; "asa1" to "asa4" and "aba1" to "aba4", for the layers of these levels (1 and 2
+            for the second and first layer of feed-forward parts, 3 for the projection behind
+            attention, 4 for queries, keys and values; in mixers 1 and 2 for channels, 3 and 4 for
+            tokens); "asa" and "aba", for every linear layer and convolution in ``include``, or with
+            a ``stride`` for the convolutions that ARA would be for; "ara", for ResNets.
+        include, exclude: shell patterns of names; modules whose names match no pattern of
+            ``include``, or one of ``exclude``, stay as they are.
+        placement: patterns of names by level, instead of what is known of the model.
+        stride: blocks per group in each stage of a ResNet, (2, 2, 2, 2) if not given.
+        lean: "off"; "exact", which leaves all gradients bit-identical: what a norm, an activation
+            function or dropout makes is computed again instead of being kept; "approx", where
+            GELU and SiLU keep their derivative in two bits. In every case a ReLU that only layers
+            with a rule read keeps one bit.
+        options: ``epsilon`` (0.01) and ``scale`` ("fixed", "mean") of ASA, ``lr_expansion`` (100)
+            of ASA and ABA, ``derivative`` ("fitted", "published") of "approx".
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: an unknown or useless choice, a pattern that matches nothing, or a rule that
+            fits no layer of the model. The model is as before.
+    """
+    _check(rule, lean, stride, placement, options)
+    plan = Plan(model, rule, lean, _DEFAULTS | options, include, exclude)
+    if rule == "ara" or stride is not None:
+        plan.place_in_blocks(stride or DEFAULT_STRIDE)
+    elif rule in ("asa", "aba"):
+        plan.place_everywhere()
+    else:
+        plan.place_by_level(placement)
+    plan.finish()
+    plan.carry_out()
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Undo every ``convert``, in place. Vectors that ABA added are lost.
+
+    Returns:
+        The model, which computes again what it did, bit for bit.
+    """
+    for module in model.modules():
+        restore(module)
+    vars(model).pop(LEFT_ALONE, None)
+    return model
+
+
+def _check(rule: str, lean: str, stride: Any, placement: Any, options: Mapping[str, Any]) -> None:
+    if rule not in RULES_OF_CONVERT:
+        raise ValueError(f"unknown rule {rule!r}; choose from {', '.join(RULES_OF_CONVERT)}")
+    if lean not in LEAN:
+        raise ValueError(f"unknown lean mode {lean!r}; choose from {', '.join(LEAN)}")
+    if placement is not None and not rule[-1].isdigit():
+        raise ValueError(f"placement is for rules with a level (asa1, say), not {rule}")
+    if stride is not None and rule not in ("ara", "asa", "aba"):
+        raise ValueError(f"stride is for ara, asa and aba in ResNets, not {rule}")
+    uses = {
+        "epsilon": rule.startswith("asa"),
+        "scale": rule.startswith("asa"),
+        "lr_expansion": rule.startswith(("asa", "aba")),
+        "derivative": lean == "approx",
+    }
+    for name, value in options.items():
+        if name not in uses:
+            raise ValueError(f"unknown option {name!r}; choose from {', '.join(uses)}")
+        if not uses[name]:
+            raise ValueError(f"{name} changes nothing under rule {rule} with lean {lean!r}")
+        if name in _CHOICES and value not in _CHOICES[name]:
+            raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(_CHOICES[name])}")
+        if name not in _CHOICES and not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise ValueError(f"{name} must be a positive number, got {value!r}")

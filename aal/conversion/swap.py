@@ -1,0 +1,71 @@
+"""A module gets another forward pass, and stays the same object.
+
+Its class is exchanged for a subclass, so that parameters, hooks, names and references to it stay
+what they were, and nothing is allocated. The subclass is made of a *kind*, which brings the
+behaviour, and of the class that the module had.
+"""
+
+import functools
+from typing import Any, ClassVar
+
+from torch import nn
+
+
+class Converted:
+    """Base of all kinds; stands before the original class among the bases."""
+
+    original: ClassVar[type[nn.Module]]
+    kind: ClassVar[type["Converted"]]
+    settings: ClassVar[tuple[str, ...]] = ()  # attributes that the kind adds to a module
+    parameters_added: ClassVar[tuple[str, ...]] = ()
+
+    def stock_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the original module computes and keeps; see ``aal.memory.report``."""
+        return self.original.forward(self, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        # The class was made here and has no name that pickle could find.
+        _, _, *state = super().__reduce_ex__(max(protocol, 2))
+        return _empty, (self.kind, self.original), *state
+
+
+def swap(module: nn.Module, kind: type[Converted], **settings: Any) -> None:
+    """Give a module a kind's forward pass.
+
+    Args:
+        module: it may have been converted before, to any kind.
+        kind: subclass of ``Converted``.
+        settings: its ``settings``, all of them.
+    """
+    if type(module) is not class_of(kind, original_class(module)):
+        restore(module)
+        module.__class__ = class_of(kind, type(module))
+    vars(module).update(settings)
+
+
+def restore(module: nn.Module) -> None:
+    """Give a converted module its own class back; others are left alone."""
+    if isinstance(module, Converted):
+        for name in module.settings:
+            vars(module).pop(name, None)
+        for name in module.parameters_added:
+            module._parameters.pop(name, None)
+        module.__class__ = module.original
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module has or had."""
+    return module.original if isinstance(module, Converted) else type(module)
+
+
+@functools.cache
+def class_of(kind: type[Converted], original: type[nn.Module]) -> type[nn.Module]:
+    """The class of modules of class ``original`` that were converted to ``kind``."""
+    contents = {"original": original, "kind": kind, "__module__": kind.__module__}
+    return type(kind.__name__, (kind, original), contents)
+
+
+def _empty(kind: type[Converted], original: type[nn.Module]) -> nn.Module:
+    """A module that unpickling fills."""
+    cls = class_of(kind, original)
+    return cls.__new__(cls)
