@@ -98,6 +98,8 @@ _VALUES: dict[str, tuple[str, tuple[str, ...]]] = {
 # Functions written in Python, this package's and PyTorch's: all floating-point numbers.
 _OWN = {
     "ReplayFunctionBackward": "replay",
+    "ReadFunctionBackward": "replay",
+    "RecomputedFunctionBackward": "replay",
     "Conv2dARAFunctionBackward": "linear",
     "LinearABAFunctionBackward": "linear",
     "Conv2dABAFunctionBackward": "linear",
