@@ -99,8 +99,8 @@ class ReadingAttention(Converted):
         """(B, heads, T, D) -> (T, B, C)."""
         length, batch = y.shape[2], y.shape[0]
         rows = _rows_of(y)
-        if rows.grad_fn is not None and rows.untyped_storage()._cdata != y.untyped_storage()._cdata:
-            write_note(rows, Note(y, (Step(_rows_of),)))  # the kernel of attention keeps y
+        if not torch.compiler.is_compiling() and rows._base is None:  # a copy; the kernel keeps y
+            write_note(rows, Note(y, (Step(_rows_of),)))
         return self.out_proj(rows).view(length, batch, -1)
 
 

@@ -63,7 +63,7 @@ def convert(
         ValueError: an unknown or useless choice, a pattern that matches nothing, or a rule that
             fits no layer of the model. The model is as before.
     """
-    _check(rule, lean, stride, placement, options)
+    check_choices(rule, lean, stride, placement, **options)
     plan = Plan(model, rule, lean, _DEFAULTS | options, include, exclude)
     if rule == "ara" or stride is not None:
         plan.place_in_blocks(stride or DEFAULT_STRIDE)
@@ -88,7 +88,10 @@ def revert(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check(rule: str, lean: str, stride: Any, placement: Any, options: Mapping[str, Any]) -> None:
+def check_choices(
+    rule: str, lean: str, stride: Any = None, placement: Any = None, **options: Any
+) -> None:
+    """Raise ``ValueError`` for arguments of ``convert`` that are wrong whatever the model."""
     if rule not in RULES_OF_CONVERT:
         raise ValueError(f"unknown rule {rule!r}; choose from {', '.join(RULES_OF_CONVERT)}")
     if lean not in LEAN:

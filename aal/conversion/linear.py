@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aal.conversion.notes import Note, note_of, read, write_note
+from aal.conversion.notes import Note, aux_of, note_of, read, write_aux, write_note
 from aal.conversion.swap import Converted
 from aal.lean.operations import ConvolutionOperation, LinearOperation
 from aal.ops.convolution import geometry
@@ -33,7 +33,8 @@ def shared_code(x: Tensor, note: Note) -> SignCode:
     if note.code is not None:
         return note.code
     code = sign_code(x)
-    if x.grad_fn is not None:  # no trace is left on a tensor of the user's
+    # No trace is left on a tensor of the user's.
+    if not torch.compiler.is_compiling() and x.grad_fn is not None:
         write_note(x, note._replace(code=code))
     return code
 
@@ -216,7 +217,7 @@ class ResidualConv2d(Converted, Conv2dARA):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        aux = note_of(x).aux
+        aux = aux_of(x)
         if aux is None or aux.shape != x.shape or not learns(self.weight):
             return self.original.forward(self, x)
         return Conv2dARA.forward(self, x, aux)
@@ -226,8 +227,8 @@ class ResidualBlock(Converted):
     """A block that hands the activation of its group on: its input, or what its input bears."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        aux = note_of(x).aux
+        aux = aux_of(x)
         y = self.original.forward(self, x, *args, **kwargs)
         if torch.is_grad_enabled():
-            write_note(y, note_of(y)._replace(aux=x.detach() if aux is None else aux))
+            write_aux(y, x.detach() if aux is None else aux)
         return y

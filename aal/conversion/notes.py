@@ -4,6 +4,9 @@ A norm keeps its input for backward, so that whoever reads its output need not k
 computed again. The layer that makes a tensor writes a note on it, and the layer that reads the
 tensor finds the note, whatever code of the model lies between the two. A tensor that nobody wrote
 on, or that was changed since, is kept as PyTorch keeps it.
+
+A compiler cannot tell whether a tensor was changed since, so that there are no notes in what it
+compiles; it has its own ways of computing norms again.
 """
 
 import itertools
@@ -34,13 +37,11 @@ class Note(NamedTuple):
             bit; None if there is none.
         steps: how.
         code: signs of this tensor, which somebody keeps.
-        aux: activation of the group of residual blocks that the tensor flows through (ARA).
     """
 
     base: Tensor | None = None
     steps: tuple[Step, ...] = ()
     code: SignCode | None = None
-    aux: Tensor | None = None
 
 
 _NOTHING = Note()
@@ -48,14 +49,17 @@ _NOTHING = Note()
 
 def write_note(x: Tensor, note: Note) -> None:
     """Write on a tensor what is known of it, instead of what was known before."""
-    x._aal_note = (x._version, note)
+    if not torch.compiler.is_compiling():
+        x._aal_note = (x._version, note)
 
 
 def note_of(x: Tensor) -> Note:
     """What is known of a tensor, or of the tensor that it is a view of."""
+    if torch.compiler.is_compiling():
+        return _NOTHING
     if (note := _own_note(x)) is not None:
         return note
-    whole = None if torch.compiler.is_compiling() else x._base
+    whole = x._base
     note = None if whole is None else _own_note(whole)
     if note is None or whole.dtype != x.dtype:
         return _NOTHING
@@ -72,6 +76,16 @@ def note_of(x: Tensor) -> Note:
 def _own_note(x: Tensor) -> Note | None:
     version, note = getattr(x, "_aal_note", (None, None))
     return note if version == x._version else None
+
+
+def write_aux(x: Tensor, aux: Tensor) -> None:
+    """Write on the output of a residual block the activation of its group (ARA)."""
+    x._aal_aux = aux
+
+
+def aux_of(x: Tensor) -> Tensor | None:
+    """The activation of the group that a tensor flows through. It may change, and still has it."""
+    return getattr(x, "_aal_aux", None)
 
 
 class _View(NamedTuple):

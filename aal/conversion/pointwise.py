@@ -42,6 +42,11 @@ def twin_of(module: nn.Module) -> tuple[Twin, tuple[Tensor | None, ...]]:
     return Twin(original_class(module), dict(vars(module)), tuple(own)), tuple(own.values())
 
 
+def _is_noted(*tensors: Tensor | None) -> bool:
+    """Does autograd record what is done to some tensors, and may notes be written?"""
+    return _is_recorded(*tensors) and not torch.compiler.is_compiling()
+
+
 def _is_recorded(*tensors: Tensor | None) -> bool:
     wanted = any(tensor is not None and tensor.requires_grad for tensor in tensors)
     return torch.is_grad_enabled() and wanted
@@ -55,8 +60,8 @@ class RepeatedModule(Converted):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.original.forward(self, x)
-        function, parameters = twin_of(self)
-        if y is not x and _is_recorded(x, *parameters):
+        if y is not x and _is_noted(x, *self._parameters.values()):
+            function, parameters = twin_of(self)
             write_note(y, Note(x, (Step(function, parameters),)))
         return y
 
@@ -100,9 +105,9 @@ class RecomputedModule(Converted):
     """A norm or activation function of several operations; see ``RecomputedFunction``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        function, parameters = twin_of(self)
-        if not _is_recorded(x, *parameters):
+        if not _is_noted(x, *self._parameters.values()):
             return self.original.forward(self, x)
+        function, parameters = twin_of(self)
         y = RecomputedFunction.apply(function, x, *parameters)
         write_note(y, Note(x, (Step(function, parameters),)))
         return y
@@ -113,7 +118,7 @@ class RepeatedBatchNorm(Converted):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.original.forward(self, x)
-        if _is_recorded(x, self.weight, self.bias):
+        if _is_noted(x, self.weight, self.bias):
             by_batch = self.training or self.running_mean is None
             running = (None, None) if by_batch else (self.running_mean, self.running_var)
             again = functools.partial(_batch_norm, training=by_batch, eps=self.eps)

@@ -24,18 +24,19 @@ from aal.training.command_line import (
 from aal.training.loop import AMP_DTYPES
 from aal.training.schedule import SCHEDULERS, learning_rate
 
-OPTIMIZERS = ("sgd", "adam")
+OPTIMIZERS = ("sgd", "adam")  # beside "adamw", of scripts that choose it themselves
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """The settings of a run that do not belong to its network; each has a flag's name.
 
-    Exactly one of ``epochs`` and ``num_steps`` is given, and at most one of the two warm-ups.
+    Exactly one of ``epochs`` and ``num_steps`` is given, and at most one of the warm-ups.
 
     Args:
         lr: largest step size.
         eval_every: steps between validations; goes with ``num_steps``.
+        warmup_share: share of the steps in which the step size rises.
         drop_epochs: "step" lowers the rate every so many epochs; None means at half and at three
             quarters of the run.
         adam_epsilon: what Adam adds to the root of the mean of squared gradients.
@@ -56,6 +57,7 @@ class Recipe:
     drop_epochs: int | None = None
     warmup_epoch: float | None = None
     warmup_steps: int | None = None
+    warmup_share: float | None = None
     beta1: float = 0.9
     beta2: float = 0.999
     adam_epsilon: float = 1e-8
@@ -74,12 +76,12 @@ class Recipe:
         given = {
             field.name: getattr(args, field.name) for field in fields(self) if field.name in args
         }
-        for pair in (("epochs", "num_steps"), ("warmup_epoch", "warmup_steps")):
-            chosen = [name for name in pair if name in given]
-            if len(chosen) == 2:
-                raise UserError(" and ".join(map(_flag, pair)) + " exclude each other")
+        for others in _EXCLUDING:
+            chosen = [name for name in others if name in given]
+            if len(chosen) > 1:
+                raise UserError(" and ".join(map(_flag, chosen)) + " exclude each other")
             if chosen:
-                given = dict.fromkeys(pair) | given
+                given = dict.fromkeys(others) | given
         changed = replace(self, **given)
         every = None
         if changed.num_steps is not None:
@@ -124,6 +126,7 @@ class Recipe:
             period = self.drop_epochs * steps_per_epoch
             drops = range(period, steps, period)
         warmup = self.warmup_steps or int((self.warmup_epoch or 0) * steps_per_epoch)
+        warmup = warmup or int((self.warmup_share or 0) * steps)
         return partial(
             learning_rate,
             self.scheduler,
@@ -136,14 +139,21 @@ class Recipe:
         )
 
     def optimizer_of(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimiser; "adamw" lets matrices decay alone, no biases, norms or vectors of ABA."""
+        adam = {
+            "lr": self.lr,
+            "betas": (self.beta1, self.beta2),
+            "eps": self.adam_epsilon,
+            "weight_decay": self.weight_decay,
+        }
         if self.optimizer == "adam":
-            return torch.optim.Adam(
-                parameters,
-                self.lr,
-                (self.beta1, self.beta2),
-                self.adam_epsilon,
-                weight_decay=self.weight_decay,
-            )
+            return torch.optim.Adam(parameters, **adam)
+        if self.optimizer == "adamw":
+            matrices, vectors = [], []
+            for parameter in parameters:
+                (matrices if parameter.dim() > 1 else vectors).append(parameter)
+            groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+            return torch.optim.AdamW(groups, **adam)
         return torch.optim.SGD(
             parameters,
             self.lr,
@@ -153,10 +163,12 @@ class Recipe:
         )
 
 
+_EXCLUDING = (("epochs", "num_steps"), ("warmup_epoch", "warmup_steps", "warmup_share"))
+
 # Fields that matter for some values of another alone.
 _GOES_WITH = {
-    "beta1": ("optimizer", ("adam",)),
-    "beta2": ("optimizer", ("adam",)),
+    "beta1": ("optimizer", ("adam", "adamw")),
+    "beta2": ("optimizer", ("adam", "adamw")),
     "momentum": ("optimizer", ("sgd",)),
     "off_nesterov": ("optimizer", ("sgd",)),
     "gamma": ("scheduler", ("step",)),
@@ -183,6 +195,11 @@ FLAGS: dict[str, Flag] = {
         "epochs in which the step size rises",
     ),
     "warmup_steps": ((), {"type": non_negative_int}, "the same in steps"),
+    "warmup_share": (
+        ("--warmup-ratio",),
+        {"type": fraction},
+        "share of the steps in which the step size rises",
+    ),
     "epochs": (("--max-epochs",), {"type": positive_int}, "passes over the training part"),
     "num_steps": ((), {"type": positive_int}, "length of the run in steps instead of epochs"),
     "eval_every": ((), {"type": positive_int}, "steps between validations with --num-steps"),
