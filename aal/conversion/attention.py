@@ -92,8 +92,10 @@ class ReadingAttention(Converted):
         return weight[rows], None if bias is None else bias[rows]
 
     def _heads(self, x: Tensor) -> Tensor:
-        """(T, B, C) -> (B, heads, T, C / heads)."""
-        return x.unflatten(-1, (self.num_heads, -1)).permute(1, 2, 0, 3)
+        """(T, B, C) -> (B, heads, T, C / heads), by PyTorch's steps, so that sums round alike."""
+        length, batch, width = x.shape
+        x = x.contiguous().view(length, batch * self.num_heads, -1).transpose(0, 1)
+        return x.view(batch, self.num_heads, length, width // self.num_heads)
 
     def _project_out(self, y: Tensor) -> Tensor:
         """(B, heads, T, D) -> (T, B, C)."""

@@ -5,13 +5,18 @@ computed again. The layer that makes a tensor writes a note on it, and the layer
 tensor finds the note, whatever code of the model lies between the two. A tensor that nobody wrote
 on, or that was changed since, is kept as PyTorch keeps it.
 
+A note counts under the saved-tensor hooks that it was written under. A checkpoint brings its own,
+and may enter its part again with a copy of its input that nobody wrote on: what the part saves must
+not depend on notes from outside.
+
 A compiler cannot tell whether a tensor was changed since, so that there are no notes in what it
 compiles; it has its own ways of computing norms again.
 """
 
 import itertools
+import weakref
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,7 +55,7 @@ _NOTHING = Note()
 def write_note(x: Tensor, note: Note) -> None:
     """Write on a tensor what is known of it, instead of what was known before."""
     if not torch.compiler.is_compiling():
-        x._aal_note = (x._version, note)
+        x._aal_note = (x._version, _region(), note)
 
 
 def note_of(x: Tensor) -> Note:
@@ -74,8 +79,19 @@ def note_of(x: Tensor) -> Note:
 
 
 def _own_note(x: Tensor) -> Note | None:
-    version, note = getattr(x, "_aal_note", (None, None))
-    return note if version == x._version else None
+    version, region, note = getattr(x, "_aal_note", (None, None, None))
+    return note if version == x._version and region == _region() else None
+
+
+def _region() -> Any:
+    """Equal as long as the same saved-tensor hooks are the innermost ones."""
+    pair = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if pair is None:
+        return None
+    try:
+        return weakref.ref(pair[0])  # the hooks of a checkpoint hold tensors
+    except TypeError:  # a method of a built-in class, which is there for good
+        return pair[0]
 
 
 def write_aux(x: Tensor, aux: Tensor) -> None:

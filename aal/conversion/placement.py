@@ -52,10 +52,9 @@ _ENDINGS: tuple[tuple[int, str], ...] = (
     (2, r"mlp\.(0|linear_1)"),
     (3, r"(self_attention|self_attn|multihead_attn)\.out_proj"),
     (4, r"(self_attention|self_attn|multihead_attn)"),
-    (1, r"layers\.\d+\.linear2"),
-    (2, r"layers\.\d+\.linear1"),
 )
 _LEVELS = tuple((level, re.compile(rf"(?:.*\.)?{ending}")) for level, ending in _ENDINGS)
+_LEVELS_IN_TRANSFORMER_LAYER = {"linear2": 1, "linear1": 2}
 
 
 def matches(name: str, patterns: Patterns) -> bool:
@@ -64,14 +63,21 @@ def matches(name: str, patterns: Patterns) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def levels_by_structure(layers: Iterable[str]) -> dict[str, int]:
+def levels_by_structure(layers: Iterable[str], modules: Mapping[str, nn.Module]) -> dict[str, int]:
     """The levels of layers of the families that are known, by name.
 
     Args:
         layers: names of those that can have a rule.
+        modules: of the model, by name.
     """
+    transformer_layers = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
     found = {}
     for name in layers:
+        parent, _, child = name.rpartition(".")
+        if isinstance(modules[parent], transformer_layers):
+            if child in _LEVELS_IN_TRANSFORMER_LAYER:
+                found[name] = _LEVELS_IN_TRANSFORMER_LAYER[child]
+                continue
         for level, ending in _LEVELS:
             if ending.fullmatch(name):
                 found[name] = level

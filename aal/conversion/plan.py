@@ -87,7 +87,7 @@ class Plan:
         if placement is not None:
             levels = levels_by_pattern(placement, self.modules)
         else:
-            levels = levels_by_structure(layers)
+            levels = levels_by_structure(layers, self.modules)
         if not levels and self.rule != "bp":
             raise ValueError(
                 f"nothing is known of the layers of {type(self.model).__name__}: say which ones "
