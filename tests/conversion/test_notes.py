@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_same_bits, cotangent_of
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import aal
 from aal.conversion.notes import Note, Step, note_of, write_note
@@ -70,6 +71,45 @@ def test_a_note_is_void_once_the_tensor_has_changed(change):
     view = y.t()
     change(y, view)
     assert note_of(y) == note_of(view) == Note()
+
+
+HOOKS = {
+    "a function": lambda x: x,
+    "a method": torch.Tensor.detach,
+}
+
+
+@pytest.mark.parametrize("pack", HOOKS.values(), ids=HOOKS)
+def test_a_note_counts_under_the_hooks_that_it_was_written_under(pack):
+    _, outside = noted(3, 4)
+    for _ in range(2):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            assert note_of(outside) == Note()
+            _, inside = noted(3, 4)
+            assert note_of(inside) != Note()
+        assert note_of(outside) != Note() and note_of(inside) == Note()
+
+
+@pytest.mark.parametrize("compressor", ["exact", "adaptive"])
+def test_a_checkpoint_inside_a_compressor_saves_in_backward_what_it_saved_before(compressor):
+    class Checkpointed(nn.Sequential):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    part = Checkpointed(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), part), torch.randn(128, 64)
+    cotangent = cotangent_of(model(x))
+    model(x).backward(cotangent)
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    aal.convert(model, "bp", lean="exact")
+    with aal.compress(compressor, model):
+        y = model(x)
+    y.backward(cotangent)
+    grads = [p.grad for p in model.parameters()]
+    assert all(grad.isfinite().all() for grad in grads)
+    if compressor == "exact":
+        assert_same_bits(grads, expected)
 
 
 def test_nothing_is_known_of_copies_and_other_dtypes():
