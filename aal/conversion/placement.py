@@ -7,7 +7,7 @@ and 2 for the channels, 3 and 4 for the tokens.
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -63,16 +63,13 @@ def matches(name: str, patterns: Patterns) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def levels_by_structure(layers: Iterable[str], modules: Mapping[str, nn.Module]) -> dict[str, int]:
-    """The levels of layers of the families that are known, by name.
-
-    Args:
-        layers: names of those that can have a rule.
-        modules: of the model, by name.
-    """
+def levels_by_structure(modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    """The levels of the layers of families that are known, by name; empty for other models."""
     transformer_layers = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
     found = {}
-    for name in layers:
+    for name, module in modules.items():
+        if layer_type(module) in (None, "conv2d"):
+            continue
         parent, _, child = name.rpartition(".")
         if isinstance(modules[parent], transformer_layers):
             if child in _LEVELS_IN_TRANSFORMER_LAYER:

@@ -83,11 +83,10 @@ class Plan:
 
     def place_by_level(self, placement: Mapping[int, Patterns] | None) -> None:
         """The layers of some levels."""
-        layers = [n for n, m in self.modules.items() if layer_type(m) not in (None, "conv2d")]
         if placement is not None:
             levels = levels_by_pattern(placement, self.modules)
         else:
-            levels = levels_by_structure(layers, self.modules)
+            levels = levels_by_structure(self.modules)
         if not levels and self.rule != "bp":
             raise ValueError(
                 f"nothing is known of the layers of {type(self.model).__name__}: say which ones "
@@ -106,7 +105,7 @@ class Plan:
 
     def place_everywhere(self) -> None:
         """All layers in scope."""
-        before = activations_before(self.modules, {})
+        before = activations_before(self.modules, levels_by_structure(self.modules))
         for name, module in self.modules.items():
             is_layer = isinstance(module, nn.Linear | nn.Conv2d) or layer_type(module) is not None
             if is_layer and self._is_in_scope(name):
