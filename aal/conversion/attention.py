@@ -74,7 +74,7 @@ class ReadingAttention(Converted):
             while last < 3 and inputs[last] is inputs[first]:
                 last += 1
             y = self._apply_in(inputs[first], slice(first * width, last * width))
-            parts += y.split(width, -1)
+            parts += y.split(width, -1) if last - first > 1 else [y]
         return parts
 
     def _apply_in(self, x: Tensor, rows: slice) -> Tensor:
