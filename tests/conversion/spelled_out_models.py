@@ -36,15 +36,20 @@ def mean_sign_formula(low: float, epsilon: float) -> Formula:
     return formula
 
 
-def bias_formula(aux: Tensor, lr_expansion: float) -> Formula:
-    """ABA with a vector (C,), or one for each part (3, C)."""
+def bias_formula(aux: Tensor, lr_expansion: float, is_image: bool = False) -> Formula:
+    """ABA with a vector (C,), or one for each part (3, C); images are (N, C, H, W)."""
 
     def formula(x: Tensor, part: int) -> tuple[Tensor, Tensor, float]:
         vector = aux[part] if aux.dim() == 2 else aux
-        vector = vector if x.dim() < 4 or x.shape[-1] == len(vector) else vector[:, None, None]
+        vector = vector[:, None, None] if is_image else vector
         return x + vector, vector.expand_as(x), lr_expansion
 
     return formula
+
+
+def given_formula(auxiliary: Callable[[], Tensor]) -> Formula:
+    """ARA: the weight gradient at another tensor, which is known when the layer is reached."""
+    return lambda x, part: (x, auxiliary(), 1.0)
 
 
 class SpelledOut(TorchFunctionMode):
