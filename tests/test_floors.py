@@ -42,8 +42,13 @@ FLOORS = {
     "aal/training": ("aal",),
 }
 MODEL_FOLDERS = sorted(path.parent for path in ROOT.glob("*/train.py"))
-DATA_FILES = [ROOT / "Transformer" / f"{name}.py" for name in ("corpora", "cldr", "tokens", "data")]
-SCRIPTS = ("train.py", "translation_run.py")
+DATA_NAMES = {
+    "Transformer": ("corpora", "cldr", "tokens", "data"),
+    "BERT": ("babel_pairs", "tsv", "labelled", "wordpiece", "batches"),
+}
+DATA_FILES = [ROOT / folder / f"{n}.py" for folder, names in DATA_NAMES.items() for n in names]
+SCRIPTS = ("train.py", "translation_run.py", "text_task.py", "text_run.py")
+LIBRARIES = {"BERT": ("transformers",)}  # that models of a folder are made of, beside torch
 MODEL_FILES = [
     path
     for folder in MODEL_FOLDERS
@@ -92,7 +97,8 @@ def test_every_file_of_the_package_has_a_floor():
 @pytest.mark.parametrize("path", MODEL_FILES, ids=lambda path: path.name)
 def test_model_imports_only_torch_and_the_layers(path):
     siblings = [other.stem for other in MODEL_FILES if other.parent == path.parent]
-    allowed = ("torch", "aal", *siblings, *sys.stdlib_module_names)
+    libraries = ("torch", "aal", *LIBRARIES.get(path.parent.name, ()))
+    allowed = (*libraries, *siblings, *sys.stdlib_module_names)
     wrong = [
         module
         for module in imports_of(path)
@@ -103,10 +109,18 @@ def test_model_imports_only_torch_and_the_layers(path):
 
 @pytest.mark.parametrize("path", DATA_FILES, ids=lambda path: path.name)
 def test_text_data_use_training_but_no_model_except_for_the_ids_of_special_tokens(path):
-    siblings = ("transformer", *(file.stem for file in DATA_FILES))
-    packages = ("torch", "numpy", "spacy", "babel", "tokenizers", "aal.training")
+    siblings = ("transformer", "hub", *DATA_NAMES[path.parent.name])
+    packages = ("torch", "numpy", "spacy", "babel", "tokenizers", "transformers", "aal.training")
     allowed = (*packages, *siblings, *sys.stdlib_module_names)
     assert not [module for module in imports_of(path) if not is_within(module, allowed)]
+
+
+@pytest.mark.parametrize("folder", MODEL_FOLDERS, ids=lambda folder: folder.name)
+def test_a_folder_imports_no_other(folder):
+    others = {path.stem for path in ROOT.glob("*/*.py") if path.parent in MODEL_FOLDERS}
+    others -= {path.stem for path in folder.glob("*.py")}
+    files = folder.glob("*.py")
+    assert not [module for path in files for module in imports_of(path) if module in others]
 
 
 def test_package_imports_no_model():

@@ -83,7 +83,7 @@ def note_inert_flags(
     if rule == "bp" or args.lean != "exact":
         return
     level = int(rule[-1])
-    if (level == 4 and has_memory) or (level == 3 and drops_weights and not args.gcp):
+    if (level == 4 and has_memory) or (level >= 3 and drops_weights and not args.gcp):
         return
     if args.gcp:
         note(

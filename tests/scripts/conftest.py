@@ -111,6 +111,55 @@ def train_transformer(call: Callable, texts: Path, tmp_path: Path) -> Callable:
     return run
 
 
+SMALL_BERT = "--hidden 8 --num-layers 1 --head 2 --mlp-hidden 16"
+
+
+@pytest.fixture
+def train_bert(call: Callable, glue: Path, tmp_path: Path) -> Callable:
+    """Run BERT/train.py with a small network on a few pairs of sentences."""
+
+    def run(*arguments: object, small: str = SMALL_BERT) -> tuple[int, str, str]:
+        words = ["--data-path", glue, "--output", tmp_path / "runs", "--batch-size", 12]
+        return call("BERT/train.py", *words, "--device", "cpu", *small.split(), *arguments)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """GLUE's folders of MRPC and MNLI, with 40 pairs to learn from and 10 or 7 to score."""
+    folder = tmp_path_factory.mktemp("glue")
+    animals, verbs = ("dog", "cat", "child", "man", "bird"), ("sees", "seeks", "likes", "hears")
+    sentences = [f"The {animal} {verb} it." for animal, verb in itertools.product(animals, verbs)]
+    random = np.random.default_rng(0)
+
+    def write(path: Path, header: str, count: int, row: Callable[[str, str, int], list]) -> None:
+        lines = [header.split(",")]
+        for number in range(count):
+            first, second = random.choice(sentences, 2)
+            lines.append(row(first, first if number % 3 == 0 else second, number))
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join("\t".join(map(str, line)) + "\n" for line in lines))
+
+    mrpc = "Quality,#1 ID,#2 ID,#1 String,#2 String"
+    for name, count in (("train", 40), ("dev", 10)):
+        write(
+            folder / "MRPC" / f"{name}.tsv",
+            mrpc,
+            count,
+            lambda first, second, number: [int(number % 3 == 0), number, number, first, second],
+        )
+    labels = ("entailment", "neutral", "contradiction")
+    for name, count in (("train", 40), ("dev_matched", 10), ("dev_mismatched", 7)):
+        write(
+            folder / "MNLI" / f"{name}.tsv",
+            "index,sentence1,sentence2,label1,gold_label",
+            count,
+            lambda first, second, number: [number, first, second, "-", labels[number % 3]],
+        )
+    return folder
+
+
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 48 pairs of sentences to learn from, 8 to validate with and 8 to test with."""

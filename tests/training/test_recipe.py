@@ -12,7 +12,7 @@ from aal.training.recipe import Recipe
 
 RECIPE = ImageRecipe(lr=0.1, epochs=8, warmup_epoch=2, eval_every=100, batch_size=4, beta2=0.9)
 NAMES = ("optimizer", "lr", "min_lr", "epochs", "num_steps", "eval_every", "warmup_epoch")
-NAMES += ("warmup_steps", "label_smoothing", "cutmix")
+NAMES += ("warmup_steps", "warmup_share", "label_smoothing", "cutmix")
 
 
 def _args(*words: str) -> argparse.Namespace:
@@ -52,6 +52,7 @@ def test_epochs_take_the_place_of_steps():
     [
         (("--epochs", "3", "--num-steps", "3"), "--epochs and --num-steps exclude"),
         (("--warmup-epoch", "3", "--warmup-steps", "3"), "exclude each other"),
+        (("--warmup-steps", "3", "--warmup-share", "0.1"), "exclude each other"),
         (("--eval-every", "3"), "goes with --num-steps"),
         (("--lr", "0.1", "--min-lr", "0.2"), "--min-lr 0.2 is above --lr 0.1"),
     ],
@@ -81,6 +82,20 @@ def test_optimisers_have_the_recipes_numbers():
     assert adam.defaults["eps"] == 1e-9
     assert type(adam) is torch.optim.Adam  # whose weight decay is L2
     assert adam.defaults["betas"] == (0.7, 0.999) and adam.defaults["weight_decay"] == 0.5
+
+
+def test_adamw_lets_matrices_alone_decay():
+    parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in ((2,), (2, 3), (1, 2, 3))]
+    recipe = Recipe(lr=0.1, epochs=1, batch_size=4, optimizer="adamw", weight_decay=0.5)
+    adamw = recipe.optimizer_of(parameters)
+    found = [(len(group["params"]), group["weight_decay"]) for group in adamw.param_groups]
+    assert type(adamw) is torch.optim.AdamW and found == [(2, 0.5), (1, 0.0)]
+
+
+def test_a_share_of_the_steps_warms_up():
+    rate = replace(RECIPE, warmup_epoch=None, warmup_share=0.25).learning_rate(10)
+    assert [rate(step) for step in (0, 9, 19)] == pytest.approx([0.005, 0.05, 0.1])
+    assert RECIPE.followed(_args("--warmup-share", "0.5")).warmup_epoch is None
 
 
 def test_help_gives_the_default_of_each_network():
