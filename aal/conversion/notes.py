@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from aal.ops.autocast import autocast_again, autocast_dtype
 from aal.ops.operation import Operation, Tensors
@@ -50,17 +51,19 @@ class Note(NamedTuple):
 
 
 _NOTHING = Note()
+# By tensor, and gone with it. As attributes of tensors notes would be saved to files with them.
+_NOTES = WeakTensorKeyDictionary()
 
 
 def write_note(x: Tensor, note: Note) -> None:
     """Write on a tensor what is known of it, instead of what was known before."""
-    if not torch.compiler.is_compiling():
-        x._aal_note = (x._version, _region(), note)
+    if not _bears_none(x):
+        _NOTES[x] = (x._version, _region(), note)
 
 
 def note_of(x: Tensor) -> Note:
     """What is known of a tensor, or of the tensor that it is a view of."""
-    if torch.compiler.is_compiling():
+    if _bears_none(x):
         return _NOTHING
     if (note := _own_note(x)) is not None:
         return note
@@ -78,8 +81,13 @@ def note_of(x: Tensor) -> Note:
     return Note(note.base, steps, code)
 
 
+def _bears_none(x: Tensor) -> bool:
+    """A compiler knows no notes, and tensors made in inference mode do not count changes."""
+    return torch.compiler.is_compiling() or x.is_inference()
+
+
 def _own_note(x: Tensor) -> Note | None:
-    version, region, note = getattr(x, "_aal_note", (None, None, None))
+    version, region, note = _NOTES.get(x, (None, None, None))
     return note if version == x._version and region == _region() else None
 
 
