@@ -23,8 +23,10 @@ from aal.training.compression_flags import compression_of
 
 ROOT = Path(__file__).parent.parent
 CARDS = {path.stem: path.read_text() for path in sorted((ROOT / "docs/methods").glob("*.md"))}
+TUTORIAL = (ROOT / "docs/tutorials/hugging_face.md").read_text()
 INDEX = (ROOT / "docs/README.md").read_text()
-PAGES = {"methods/" + name: text for name, text in CARDS.items()} | {"README": INDEX}
+PAGES = {"methods/" + name: text for name, text in CARDS.items()}
+PAGES |= {"README": INDEX, "tutorials/hugging_face": TUTORIAL}
 HEADINGS = (
     "What is kept",
     "What is exact",
@@ -162,3 +164,26 @@ def test_the_index_has_the_bits_that_are_kept(name: str):
     (gelu,) = [row for row in act.report().rows if row.consumer == "GeluBackward0"]
     decimals = len(stated.partition(".")[2])
     assert stated == f"{8 * gelu.stored_bytes / (512 * 256):.{decimals}f}"
+
+
+# A Trainer on a machine without a GPU asks for memory that only a GPU could use.
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator")
+def test_the_tutorial_runs_and_shows_what_it_prints(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
+):
+    pytest.importorskip("transformers", minversion="5.0")
+    monkeypatch.chdir(tmp_path)
+    names = run_code(code_blocks(TUTORIAL, "python"), tmp_path)
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    (table,) = code_blocks(TUTORIAL, "text")
+    assert all(line.split() in printed for line in table.splitlines())
+    described = aal.describe(names["model"], **names["batch"])
+    assert described.saved_bytes < described.stock_bytes / 2
+    scores = names["loaded"].eval()(**names["batch"]).logits
+    assert torch.equal(scores.argmax(-1), names["batch"]["labels"])
+    states = (names[model].state_dict() for model in ("biased", "restored"))
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+def test_the_tutorial_is_in_the_index():
+    assert "](tutorials/hugging_face.md)" in INDEX
