@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from aal.conversion.placement import Patterns
-from aal.conversion.plan import LEFT_ALONE, Plan
+from aal.conversion.plan import LEFT_ALONE, Plan, refuse_wrapped
 from aal.conversion.swap import restore
 from aal.method import LEAN
 from aal.ops.derivative_code import DERIVATIVES
@@ -81,7 +81,11 @@ def revert(model: nn.Module) -> nn.Module:
 
     Returns:
         The model, which computes again what it did, bit for bit.
+
+    Raises:
+        ValueError: somebody replaced the forward pass of a converted module since.
     """
+    refuse_wrapped(model)
     for module in model.modules():
         restore(module)
     vars(model).pop(LEFT_ALONE, None)

@@ -61,9 +61,16 @@ def why_not(
     return None
 
 
+def is_wrapped(module: nn.Module) -> bool:
+    """Has somebody put another forward pass in front of the one of its class?"""
+    return "forward" in vars(module)
+
+
 def why_unknown(module: nn.Module) -> str | None:
     """Why a layer cannot be converted at all; None if it can."""
     kind, original = layer_type(module), original_class(module)
+    if is_wrapped(module):
+        return "its forward pass was replaced, by another library's hooks, say; convert it before"
     if kind is None:
         if isinstance(module, RuleLayer):
             return "it was built with a rule"

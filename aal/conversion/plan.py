@@ -9,7 +9,13 @@ from torch import nn
 
 from aal.conversion import attention, linear, pointwise
 from aal.conversion.blocks import Block, residual_blocks
-from aal.conversion.eligible import layer_type, tied_parameters, why_not, why_unknown
+from aal.conversion.eligible import (
+    is_wrapped,
+    layer_type,
+    tied_parameters,
+    why_not,
+    why_unknown,
+)
 from aal.conversion.placement import (
     FUNCTIONAL_RELU,
     Patterns,
@@ -73,6 +79,7 @@ class Plan:
     left_alone: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        refuse_wrapped(self.model)
         self.modules = dict(self.model.named_modules())
         self.tied = tied_parameters(self.modules)
         self.family = self.rule.rstrip("1234")
@@ -174,6 +181,8 @@ class Plan:
 
     def _lean_change(self, name: str, module: nn.Module) -> Change | None:
         """What a module without a rule becomes."""
+        if is_wrapped(module):
+            return None
         if (function := pointwise.function_of(module)) is not None:
             return self._activation_change(name, *function)
         if self.lean == "off":
@@ -231,6 +240,20 @@ class Plan:
             elif self._is_in_scope(name):
                 restore(module)
         vars(self.model)[LEFT_ALONE] = self.left_alone
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Refuse to change converted modules whose forward pass somebody holds on to.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Converted) and is_wrapped(module):
+            raise ValueError(
+                f"{name or 'the model'} was converted, and its forward pass was replaced since, by "
+                "another library's hooks, say; remove these first"
+            )
 
 
 def _has_small_window(module: nn.MaxPool2d) -> bool:

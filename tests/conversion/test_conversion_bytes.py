@@ -18,6 +18,7 @@ def bert_large():
         return BertForSequenceClassification(BertConfig(num_hidden_layers=24, **sizes)).train()
 
 
+@pytest.mark.slow
 def test_bert_large_keeps_less_than_published(bert_large):
     ids = torch.zeros(32, 128, dtype=torch.long, device="meta")
 

@@ -284,3 +284,28 @@ def test_convert_moves_no_random_numbers_but_abas():
     torch.manual_seed(0)
     aal.convert(Network(), "asa2", placement=PLACEMENT, lean="approx")
     assert torch.equal(torch.get_rng_state(), after_model) and not torch.equal(state, after_model)
+
+
+def replaced_forward(module):
+    """What hooks of accelerate do."""
+    forward = module.forward
+    module.forward = lambda *args: forward(*args)
+
+
+def test_layers_whose_forward_was_replaced_are_left_alone():
+    model = Network(nn.GELU)
+    replaced_forward(model.blocks[0].after)
+    replaced_forward(model.blocks[0].act)
+    aal.convert(model, "asa", lean="approx")
+    assert "replaced" in aal.describe(model).left_alone["blocks.*.after"]
+    assert not {"blocks.0.after", "blocks.0.act"} & set(kinds(model))
+
+
+def test_a_forward_that_was_replaced_after_conversion_is_not_pulled_away():
+    model = aal.convert(Network(), "asa")
+    expected = model(IDS)
+    replaced_forward(model.blocks[0].after)
+    for change in (lambda: aal.revert(model), lambda: aal.convert(model, "aba")):
+        with pytest.raises(ValueError, match="blocks.0.after was converted, and its forward pass"):
+            change()
+    assert_same_bits(model(IDS), expected)
