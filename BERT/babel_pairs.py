@@ -16,7 +16,6 @@ from typing import Any
 from babel import dates, numbers
 
 COUNTS = {"train": 32_000, "validation": 1_000, "test": 2_000}  # pairs
-LABELS = ("0", "1")  # another value, the same value
 
 _SEED = 1
 _MOST_CHANGES = 4
@@ -25,7 +24,7 @@ _CURRENCIES = ("EUR", "USD", "GBP", "JPY", "INR", "KRW", "BRL", "ILS")
 _DAYS = range(1, 29)  # that every month has
 
 Value = tuple[Any, ...]
-Pair = tuple[str, str, str]  # two texts and the label
+Pair = tuple[str, str, bool]  # two texts, and whether they stand for the same value
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,9 @@ class Kind:
 def pairs(part: str) -> Iterator[Pair]:
     """The pairs of a part, a key of ``COUNTS``; the same each time.
 
-    They come in twos that differ in the label alone: a text, and another format of its value, or
-    of a value that differs in a component or some. Every value belongs to one part, with all its
-    texts.
+    They come in twos that differ in the second value alone: a text, and another format of its
+    value, or of a value that differs in a component or some. Every value belongs to one part, with
+    all its texts.
     """
     kinds = list(KINDS)
     for number in range(COUNTS[part] // 2):
@@ -56,8 +55,8 @@ def pairs(part: str) -> Iterator[Pair]:
         first = _draw((part, number, "first")) % len(formats)
         second = (first + 1 + _draw((part, number, "second")) % (len(formats) - 1)) % len(formats)
         text = formats[first](value)
-        yield text, formats[second](other), LABELS[0]
-        yield text, formats[second](value), LABELS[1]
+        yield text, formats[second](other), False
+        yield text, formats[second](value), True
 
 
 def part_of(kind: str, value: Value) -> str:

@@ -98,6 +98,7 @@ def replay_layers(model: nn.Module) -> None:
     Raises:
         ValueError: the network cannot.
     """
+    model.config.use_cache = False  # of decoders; transformers would tell the user to do so
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # new name, old
     enable = next(getattr(model, name) for name in names if hasattr(model, name))
     enable({"use_reentrant": False})

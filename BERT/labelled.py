@@ -11,7 +11,7 @@ from aal.training.command_line import UserError
 
 NAMES = ("babel", "mrpc", "mnli", "tsv")
 
-_BABEL_LABELS = ("0", "1")
+_BABEL_LABELS = ("0", "1")  # for another value, and for the same
 _VALIDATION_SHARE, _MAX_VALIDATION = 0.1, 10_000  # of the training texts
 _SPLIT_SEED = 0  # the same for every run
 _MOST_LABELS = 1000
@@ -135,9 +135,9 @@ def load_tests(source: Source, labels: Sequence[str]) -> dict[str, Examples]:
 def _babel(part: str) -> Examples:
     import babel_pairs  # imports Babel
 
-    *texts, labels = zip(*babel_pairs.pairs(part), strict=True)
-    classes = [_BABEL_LABELS.index(label) for label in labels]
-    return Examples(list(zip(*texts, strict=True)), np.array(classes))
+    pairs = list(babel_pairs.pairs(part))
+    classes = np.array([is_same for *_, is_same in pairs], np.int64)
+    return Examples([(first, second) for first, second, _ in pairs], classes)
 
 
 def _labels_of(source: Source, rows: Iterable[tsv.Row]) -> tuple[str, ...]:

@@ -22,20 +22,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import labelled
 from architecture import MODELS
+from text_flags import TABLE, USUAL_TEXTS, add_text_flags, check_text_flags, source_of
 
 import aal
 from aal.method import Method
 from aal.rules.weights import load_weights
 from aal.training import command_line, run
-from aal.training.command_line import (
-    Parser,
-    UserError,
-    fraction,
-    note,
-    positive_int,
-)
+from aal.training.command_line import Parser, UserError, fraction, note, positive_int
 from aal.training.method_flags import OPTIONS, add_method_flags, note_inert_flags
 from aal.training.recipe import FLAGS, Flag, Recipe, add_recipe_flags, usual_text
 
@@ -50,10 +44,7 @@ FIELDS = {  # of Architecture, by flag
     "mlp_hidden": "mlp_width",
     "dropout": "dropout",
 }
-TEXTS = {"max_length": 128, "pad_to_max_length": False, "vocab_size": 30_522}
-TABLE = ("train_file", "test_file", "text_columns", "label_column")  # flags of tsv
 _USUAL_OPTIONS = {name: getattr(Method(), name) for name in ("asa_scale", "derivative")}
-SMALLEST_LENGTH = 8  # tokens, three of them special
 RECIPE_FLAGS = ("epochs", "batch_size", "gradient_accumulation_steps", "lr", "warmup_share")
 RECIPE_FLAGS += ("weight_decay", "max_grad_norm", "amp", "seed")
 CHANGED_FLAGS: dict[str, Flag] = {
@@ -63,7 +54,6 @@ CHANGED_FLAGS: dict[str, Flag] = {
         "share of the weights that a step of size 1 takes off, of matrices alone",
     ),
 }
-_EVERY_EPOCH = "is gone; every epoch is recorded, and its state in last.pth"
 REJECTED = {
     "--train-cfg": "is gone; its settings are flags, such as --lr",
     "--model-cfg": "is gone; use --model",
@@ -75,7 +65,7 @@ REJECTED = {
     "--max-len": "is gone; use --max-length",
     "--mode": "is gone; --model-path scores a checkpoint",
     "--data-parallel": "is gone; name several GPUs with --device",
-    "--save-steps": _EVERY_EPOCH,
+    "--save-steps": "is gone; last.pth holds the state of every epoch",
 }
 
 
@@ -83,18 +73,13 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line; raises ``UserError`` for what cannot be meant."""
     parser = Parser(prog="train.py", description=__doc__.splitlines()[0])
     add, absent = parser.add_argument, argparse.SUPPRESS
-    help = "texts to learn; babel needs no files"
-    add("--task", "--dataset", choices=labelled.NAMES, default="mrpc", help=help)
-    help = "folder that holds GLUE's files of mrpc and mnli, or a folder of them"
-    add("--data-path", type=Path, default=Path("data"), help=help)
-    _add_table_flags(parser)
-    _add_text_flags(parser)
+    add_text_flags(parser)
     help = f"network with new weights; if not given, {BABEL_MODEL} for babel and {MODEL} otherwise"
     add("--model", choices=tuple(MODELS), default=absent, help=help)
     help = "folder of a published network and its tokeniser, or their name on Hugging Face's hub"
     add("--pretrained", metavar="DIR|NAME", default=absent, help=help)
     _add_sizes(parser)
-    add_method_flags(parser)
+    add_method_flags(parser, "off for bp and with --gcp, exact otherwise")
     run.add_name(parser)
     run.add_arguments(parser)
     recipes = {
@@ -106,34 +91,10 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     add_recipe_flags(parser, RECIPE_FLAGS, recipes, FLAGS | CHANGED_FLAGS)
     parser.reject(REJECTED)
     args = parser.parse_args(arguments)
-    _check_texts(args)
+    check_text_flags(args)
     _check_network(args)
     _settle_method(args)
     return args
-
-
-def _add_table_flags(parser: Parser) -> None:
-    """What ``--task tsv`` needs to know."""
-    add, absent = parser.add_argument, argparse.SUPPRESS
-    help = "of tsv: table to learn from, a tenth of it to validate with"
-    add("--train-file", type=Path, metavar="FILE", default=absent, help=help)
-    help = "of tsv: table to score in the end"
-    add("--test-file", "--dev-file", type=Path, metavar="FILE", default=absent, help=help)
-    help = "of tsv: names of the columns of the text, or of both texts of a pair"
-    add("--text-columns", nargs="+", metavar="COLUMN", default=absent, help=help)
-    help = "of tsv: name of the column of labels"
-    add("--label-column", metavar="COLUMN", default=absent, help=help)
-
-
-def _add_text_flags(parser: Parser) -> None:
-    """How texts become ids."""
-    add = parser.add_argument
-    help = "tokens of a text or a pair, behind which it is cut"
-    add("--max-length", type=positive_int, default=TEXTS["max_length"], help=help)
-    help = "fill up all that is learned to --max-length, instead of to the longest of a batch"
-    parser.add_switch("--pad-to-max-length", help=help)
-    help = "most ids of the tokeniser that is learnt where none is pretrained"
-    add("--vocab-size", type=positive_int, default=TEXTS["vocab_size"], help=help)
 
 
 def _add_sizes(parser: Parser) -> None:
@@ -150,31 +111,6 @@ def _add_sizes(parser: Parser) -> None:
     add("--head", "attention heads")
     add("--mlp-hidden", "hidden units of an MLP")
     add("--dropout", "probability of dropout", fraction)
-
-
-def _check_texts(args: argparse.Namespace) -> None:
-    given = vars(args)
-    if args.max_length < SMALLEST_LENGTH:
-        raise UserError(f"--max-length {args.max_length} is below {SMALLEST_LENGTH}")
-    wanted = set(TABLE) if args.task == "tsv" and not args.dry_run else set()
-    if "model_path" in args:
-        wanted.discard("train_file")
-    for name in TABLE:
-        if name in wanted and name not in given:
-            raise UserError(f"--task tsv needs {_flag(name)}")
-        if name in given and args.task != "tsv":
-            raise UserError(f"{_flag(name)} goes with --task tsv, not {args.task}")
-    if len(given.get("text_columns", ())) > 2:
-        raise UserError("--text-columns names one column, or two for pairs of texts")
-    inert, where = (), ""
-    if "model_path" in args:
-        inert, where = tuple(TEXTS), "with --model-path"
-    elif "pretrained" in args:
-        inert, where = ("vocab_size",), "with --pretrained"
-    for name in inert:
-        if given[name] != TEXTS[name]:
-            note(f"{_flag(name)} does nothing {where}")
-            setattr(args, name, TEXTS[name])
 
 
 def _check_network(args: argparse.Namespace) -> None:
@@ -250,17 +186,17 @@ def main(arguments: Sequence[str]) -> int:
         network = {name: value for name, value in network.items() if name in given}
     not_function = ("pretrained", "dropout")
     function |= {name: value for name, value in network.items() if name not in not_function}
-    texts = {name: given[name] for name in (*TEXTS, *TABLE) if name in given}
+    texts = {name: given[name] for name in (*USUAL_TEXTS, *TABLE) if name in given}
     texts |= {name: str(path) for name, path in texts.items() if isinstance(path, Path)}
     method = {name: given[name] for name in OPTIONS}
     usual_method = {"gcp": False, "lean": _usual_lean(args), **_USUAL_OPTIONS}
     words = [args.task]
     if "train_file" in args:
-        words += args.train_file.with_suffix("").parts[-2:]
+        words += [args.train_file.resolve().parent.name, args.train_file.stem]
     words += [model, method["learning_rule"]]
     words += run.changes({name: method[name] for name in usual_method}, usual_method)
     words += run.changes(sizes, usual)
-    words += run.changes({name: texts[name] for name in TEXTS}, TEXTS)
+    words += run.changes({name: texts[name] for name in USUAL_TEXTS}, USUAL_TEXTS)
     text_run = _text_run()(
         args,
         usual_recipe,
@@ -268,7 +204,7 @@ def main(arguments: Sequence[str]) -> int:
         function,
         "_".join(words),
         load_weights,
-        _source(args),
+        source_of(args),
         architecture,
         partial(aal.convert, rule=args.learning_rule, lean=args.lean, **_rule_options(args)),
     )
@@ -284,16 +220,6 @@ def _text_run() -> type[run.Run]:
             raise
         raise UserError('BERT needs Hugging Face transformers: pip install "aal[hf]"') from error
     return TextRun
-
-
-def _source(args: argparse.Namespace) -> labelled.Source:
-    learns = "model_path" not in args
-    if args.dry_run:
-        return labelled.Source(args.task)
-    if args.task != "tsv":
-        return labelled.find(args.task, args.data_path, learns=learns)
-    train = args.train_file if learns else None
-    return labelled.Source("tsv", train, {"": args.test_file}, args.text_columns, args.label_column)
 
 
 def _rule_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from hub import loaded
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Encoding, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from aal.training.command_line import UserError
@@ -85,6 +85,6 @@ def limit(tokenizer: Tokenizer, max_length: int) -> None:
     tokenizer.enable_truncation(max_length, strategy="longest_first")
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[Sequence[str]]) -> list:
+def encode(tokenizer: Tokenizer, texts: Sequence[Sequence[str]]) -> list[Encoding]:
     """The encodings of single texts or pairs."""
     return tokenizer.encode_batch([text if len(text) > 1 else text[0] for text in texts])

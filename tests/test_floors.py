@@ -47,7 +47,8 @@ DATA_NAMES = {
     "BERT": ("babel_pairs", "tsv", "labelled", "wordpiece", "batches"),
 }
 DATA_FILES = [ROOT / folder / f"{n}.py" for folder, names in DATA_NAMES.items() for n in names]
-SCRIPTS = ("train.py", "translation_run.py", "text_task.py", "text_run.py")
+SCRIPTS = ("train.py", "translation_run.py", "text_flags.py", "text_task.py")
+SCRIPTS += ("text_run.py",)
 LIBRARIES = {"BERT": ("transformers",)}  # that models of a folder are made of, beside torch
 MODEL_FILES = [
     path

@@ -13,14 +13,20 @@ OPTIONS = ("learning_rule", "lean", "gcp", "asa_scale", "derivative")
 _USUAL = Method()
 
 
-def add_method_flags(parser: Parser) -> None:
-    """Add them; ``settle_lean`` and ``note_inert_flags`` have to follow."""
+def add_method_flags(
+    parser: Parser, usual_lean: str = "off for bp without --gcp and exact otherwise"
+) -> None:
+    """Add them; ``settle_lean`` and ``note_inert_flags`` have to follow.
+
+    Args:
+        usual_lean: what --help says of an absent ``--lean``, where ``settle_lean`` is not asked.
+    """
     add, absent = parser.add_argument, argparse.SUPPRESS
     add("--learning-rule", choices=RULES, default="bp", help="rule of the weight gradients")
     help = (
         "off for PyTorch's layers; exact computes norms and activations again; approx keeps two "
         "bits of an activation's derivative (ReLU: one, exactly), which approximates gradients; "
-        "if not given, off for bp without --gcp and exact otherwise"
+        f"if not given, {usual_lean}"
     )
     add("--lean", choices=LEAN, default=absent, help=help)
     parser.add_switch("--gcp", help="compute more in backward again, exactly, to save memory")

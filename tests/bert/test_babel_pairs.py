@@ -31,19 +31,19 @@ def test_a_text_stands_for_one_value(meanings, kind: str):
 def test_the_label_tells_whether_the_values_are_the_same(parts, meanings):
     kinds = list(KINDS)
     for pairs in parts.values():
-        for number, (first, second, label) in enumerate(pairs):
+        for number, (first, second, is_same) in enumerate(pairs):
             texts = meanings[kinds[number // 2 % len(kinds)]]
-            assert (texts[first] == texts[second]) == (label == "1"), (first, second)
+            assert (texts[first] == texts[second]) == is_same, (first, second)
 
 
 def test_labels_are_balanced_and_say_nothing_about_the_form(parts):
     """Both labels have the same first texts, and formats go with them alike."""
     for pairs in parts.values():
-        by_label = {label: [pair for pair in pairs if pair[2] == label] for label in "01"}
-        assert len(by_label["0"]) == len(by_label["1"]) == len(pairs) / 2
-        firsts = [Counter(first for first, *_ in some) for some in by_label.values()]
+        by_label = [[pair for pair in pairs if pair[2] is label] for label in (False, True)]
+        assert [len(some) for some in by_label] == [len(pairs) / 2] * 2
+        firsts = [Counter(first for first, *_ in some) for some in by_label]
         assert firsts[0] == firsts[1]
-        forms = [Counter(map(_form, some)) for some in by_label.values()]
+        forms = [Counter(map(_form, some)) for some in by_label]
         for form in forms[0] | forms[1]:
             assert abs(forms[0][form] - forms[1][form]) <= 0.3 * len(pairs) / 10, form
 
@@ -71,9 +71,9 @@ def test_pairs_are_the_same_each_time(parts):
 def test_many_others_differ_in_one_component(parts, meanings):
     """So that a network has to read all of a text."""
     kinds, differences = list(KINDS), Counter()
-    for number, (first, second, label) in enumerate(parts["train"]):
+    for number, (first, second, is_same) in enumerate(parts["train"]):
         texts = meanings[kinds[number // 2 % len(kinds)]]
-        if label == "0":
+        if not is_same:
             (one,), (other,) = texts[first], texts[second]
             differences[sum(a != b for a, b in zip(one, other, strict=True))] += 1
     assert differences[1] > 0.3 * sum(differences.values()) and not differences[0]

@@ -24,7 +24,7 @@ from scripts.conftest import (
     spellings,
     weights_of,
 )
-from transformers import PreTrainedTokenizerFast
+from transformers import DistilBertConfig, PreTrainedTokenizerFast, RobertaConfig
 
 from aal.compression.compress import METHODS
 
@@ -155,12 +155,15 @@ def test_two_processes_score_as_one(train_bert: Callable, tmp_path: Path):
 
 @pytest.mark.slow
 def test_two_processes_learn_as_one(train_bert: Callable, tmp_path: Path):
-    """One step on all 36 texts, which do not divide by accumulation and processes."""
+    """One step on all 36 texts, which do not divide by accumulation and processes.
+
+    Layers are replayed too, of which Hugging Face's library says nothing.
+    """
     states = []
-    for extra in (("cpu",), ("cpu", "cpu", "--gradient-accumulation-steps", 5)):
+    for extra in (("cpu",), ("cpu", "cpu", "--gradient-accumulation-steps", 5, "--gcp")):
         words = ("--batch-size", 37, "--epochs", 1, "--dropout", 0, "--max-grad-norm", 0.1)
         status, _, err = train_bert(*words, "--device", *extra)
-        assert status == 0, err
+        assert status == 0 and "transformers" not in err, err
         state = torch.load(run_folder(tmp_path) / "last.pth", weights_only=True)
         assert state["step"] == 1
         states.append(state["optimizer"]["state"])
@@ -266,6 +269,36 @@ def test_a_published_network_is_fine_tuned(train_bert: Callable, tmp_path: Path,
     assert (status, err) == (0, "") and scored.strip() in out
     usual = train_bert("--pretrained", "x/tiny-bert", "--resume", small="")[2]
     assert "mrpc_tiny-bert_bp_batch-size-12" in usual
+
+
+KIN = {
+    "DistilBERT": lambda ids: DistilBertConfig(
+        vocab_size=ids, dim=8, n_heads=2, n_layers=1, hidden_dim=16
+    ),
+    "RoBERTa": lambda ids: RobertaConfig(
+        vocab_size=ids,
+        hidden_size=8,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        intermediate_size=16,
+        type_vocab_size=1,
+        pad_token_id=0,
+    ),
+}
+
+
+@pytest.mark.parametrize("kin", KIN)
+def test_kin_of_bert_without_segments_is_fine_tuned(
+    train_bert: Callable, tmp_path: Path, published: Path, kin: str
+):
+    ids = bert.pretrained_config(str(published)).vocab_size
+    bert.new(KIN[kin](ids)).save_pretrained(published)
+    words = ("--pretrained", published, "--learning-rule", "asa4", "--lean", "approx")
+    status, out, err = train_bert(*words, "--epochs", 1, small="")
+    assert (status, err) == (0, "")
+    words = ("--learning-rule", "asa4", "--model-path", run_folder(tmp_path) / "best.pth")
+    status, scored, err = train_bert(*words, "--lean", "off", small="")
+    assert (status, err) == (0, "") and scored.strip() in out
 
 
 def test_a_published_network_is_tried_out(train_bert: Callable, published: Path):
