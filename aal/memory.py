@@ -110,6 +110,30 @@ def report(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Report:
     return Report(rows)
 
 
+def stock_bytes(model: nn.Module, *inputs: Any, **named_inputs: Any) -> int:
+    """Return the ``stock_bytes`` of a ``report``, in little memory.
+
+    Nothing is held meanwhile, so that a model can be asked that fits only as it is. All that is
+    saved counts, whether or not an output depends on it; what a module keeps by itself, without
+    ``save_for_backward``, does not. Buffers and random state are as before.
+
+    Args:
+        model, inputs, named_inputs: as ``report``.
+    """
+    ledger = _Ledger(lambda: "")
+    for tensor in _tensors((inputs, named_inputs)):
+        ledger.exclude(tensor)
+
+    def forget(tensor: Tensor) -> None:
+        ledger.note_saved(tensor)
+
+    with preserved(model), torch.enable_grad(), _stock(model):
+        with torch.autograd.graph.saved_tensors_hooks(forget, lambda _: None):
+            model(*inputs, **named_inputs)
+    saved = [entry for entry in ledger.entries.values() if entry.aliases]
+    return sum(entry.num_bytes for entry in saved if not entry.excluded)
+
+
 @contextlib.contextmanager
 def _stock(model: nn.Module) -> Iterator[None]:
     """Let every module that has a ``stock_forward`` use it."""

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_same_bits, under_autocast
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from aal import Conv2dABA, Conv2dASA, LinearABA, LinearASA
 from aal.lean import MaxPool2d, PackedReLU
-from aal.memory import report, saved_bytes
+from aal.memory import report, saved_bytes, stock_bytes
 
 IMAGE = (3, 4, 9, 7)
 NUMEL = 3 * 4 * 9 * 7
@@ -320,6 +321,45 @@ def test_report_restores_forward_when_the_stock_layers_raise():
 def test_report_measures_where_gradients_are_off():
     with torch.no_grad():
         assert report(network(), torch.randn(IMAGE)).saved_bytes > 0
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(7, 50), PackedReLU())
+        self.second = nn.Sequential(LinearASA(50, 50), nn.ReLU(), nn.Linear(50, 7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return checkpoint(self.second, hidden, use_reentrant=False, preserve_rng_state=False)
+
+
+class Autocast(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return under_autocast(torch.bfloat16, super().forward)(x)
+
+
+@pytest.mark.parametrize("make", [network, Checkpointed, lambda: Autocast(7, 5)])
+def test_stock_bytes_are_those_of_a_report(make):
+    model, x = make(), image()
+    random_state = torch.get_rng_state()
+    assert stock_bytes(model, x) == report(model, x).stock_bytes > 0
+    assert_same_bits(torch.get_rng_state(), random_state)
+
+
+def test_nothing_is_held_while_stock_bytes_are_counted():
+    made = []
+
+    class Layer(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.tanh()
+            made.append(StorageWeakRef(y.untyped_storage()))
+            return y
+
+    model = nn.Sequential(Layer(), nn.Tanh(), Layer(), nn.Tanh())
+    model[2].register_forward_hook(lambda *_: made.append(made[0].expired()))
+    assert stock_bytes(model, image()) == 4 * NUMEL * 4
+    assert made[-1] is True
 
 
 @dataclasses.dataclass

@@ -14,7 +14,7 @@ from aal.compression.compress import compress
 from aal.compression.session import Session
 from aal.conversion.convert import check_choices, convert
 from aal.indicator import IndicatorRecorder
-from aal.memory import MIB, report, saved_bytes
+from aal.memory import MIB, saved_bytes, stock_bytes
 from aal.preserved import preserved
 
 
@@ -153,10 +153,7 @@ class Passes:
 
         with preserved(self.model):
             self.values["aal/saved_mib"] = saved_bytes(forward, *args, **kwargs) / MIB
-        try:
-            stock = report(self.running, *args, **kwargs).stock_bytes
-        except torch.OutOfMemoryError:  # the device may be too small for it
-            return
+        stock = stock_bytes(self.running, *args, **kwargs)
         self.values["aal/stock_mib"] = stock / MIB
 
 

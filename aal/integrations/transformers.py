@@ -27,8 +27,8 @@ class AALCallback(TrainerCallback):
     ``aal/saved_mib``
         what autograd holds between forward and backward of the first batch, in MiB per process.
     ``aal/stock_mib``
-        what it would hold with the model's own layers and no compressor. Missing if the device
-        has too little memory for it.
+        what it would hold with the model's own layers and no compressor. (Once, two more forward
+        passes are made for the two.)
     ``aal/li_median``, ``aal/li_positive``
         Learning Indicator of a step: the median over layers of their medians, and the share of
         values above 0, as a mean over layers.

@@ -148,19 +148,6 @@ def test_what_a_compressor_keeps_is_measured_with_it(trainer):
     assert found[2] < found[8] < logged(made, "aal/stock_mib")[1]
 
 
-def test_a_device_too_small_for_the_models_own_layers_is_told_of_what_is_saved(trainer):
-    class Greedy(nn.Identity):
-        def stock_forward(self, x):
-            raise torch.OutOfMemoryError
-
-    model = make_model()
-    model.dropout = Greedy()
-    made = trainer(AALCallback(), model=model)
-    made.train()
-    assert logged(made, "aal/saved_mib") and not logged(made, "aal/stock_mib")
-    assert is_left_alone(made.model)
-
-
 def test_indicators_are_those_of_the_steps_that_are_asked_for(trainer):
     made = trainer(AALCallback("asa1", "off", indicator_every=2))
     made.train()
@@ -256,7 +243,7 @@ class Failing(nn.Module):
     def __init__(self, error: type[BaseException], in_backward: bool):
         super().__init__()
         self.error, self.in_backward = error, in_backward
-        self.left = 1 if in_backward else 4  # the first batch is measured in three passes
+        self.left = 1 if in_backward else 3  # the first batch is measured in two passes
 
     def fail(self, *_: Any) -> None:
         self.left -= 1
