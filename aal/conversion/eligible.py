@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from aal.conversion.swap import original_class
+from aal.conversion.swap import Converted, class_of, original_class
 from aal.rules.layer import RuleLayer
 
 _LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
@@ -62,8 +62,14 @@ def why_not(
 
 
 def is_wrapped(module: nn.Module) -> bool:
-    """Has somebody put another forward pass in front of the one of its class?"""
-    return "forward" in vars(module)
+    """Has somebody put another forward pass in front of the one of its class, or derived from it?
+
+    A parametrisation and FSDP exchange a module's class, as converting does.
+    """
+    is_derived = isinstance(module, Converted) and (
+        type(module) is not class_of(module.kind, module.original)
+    )
+    return is_derived or "forward" in vars(module)
 
 
 def why_unknown(module: nn.Module) -> str | None:

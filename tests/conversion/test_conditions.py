@@ -18,6 +18,7 @@ from families import (
 from helpers import assert_same_bits, cotangent_of, under_autocast
 from spelled_out_models import SpelledOut, sign_formula
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import aal
 
@@ -239,3 +240,17 @@ def test_inference_mode_may_be_left_and_entered_between_layers():
     with torch.inference_mode():
         output_of(model, inputs)
     assert_same_bits(step(model, inputs), expected)
+
+
+def test_class_that_was_exchanged_since_is_not_lost():
+    model, inputs = converted_model("bert", "asa"), inputs_of("bert")
+    layer = model.bert.encoder.layer[0].output.dense
+    expected = step(model, inputs)
+    parametrize.register_parametrization(layer, "weight", nn.Identity())
+    step(model, inputs)
+    for change in (aal.revert, lambda model: aal.convert(model, "bp")):
+        with pytest.raises(ValueError, match="layer.0.output.dense was converted, and its forward"):
+            change(model)
+    parametrize.remove_parametrizations(layer, "weight")
+    assert_same_bits(step(model, inputs), expected)
+    assert_same_bits(step(aal.revert(model), inputs), step(model_of("bert"), inputs))
