@@ -75,8 +75,9 @@ def levels_by_structure(modules: Mapping[str, nn.Module]) -> dict[str, int]:
             if child in _LEVELS_IN_TRANSFORMER_LAYER:
                 found[name] = _LEVELS_IN_TRANSFORMER_LAYER[child]
                 continue
+        own = name.removesuffix(".base_layer")  # PEFT puts an adapter in its place, and it inside
         for level, ending in _LEVELS:
-            if ending.fullmatch(name):
+            if ending.fullmatch(own):
                 found[name] = level
                 break
     return found

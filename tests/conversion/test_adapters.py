@@ -1,6 +1,7 @@
 """Adapters of PEFT and weights that several modules share."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -59,6 +60,23 @@ def test_frozen_layers_are_left_alone_with_a_reason(name):
     with pytest.raises(ValueError, match="no layer can learn under asa4.*its weight is frozen"):
         aal.convert(model, "asa4")
     assert not any(isinstance(module, Converted) for module in model.modules())
+
+
+@every_adapted
+def test_layers_inside_adapters_have_the_levels_that_they_had(name):
+    """Those of one block are trained again, the others are described as frozen."""
+    model = adapted(model_of(name), name)
+    layers = {key.removeprefix("base_model.model."): key for key, _ in model.named_modules()}
+    inside = {own: layers.get(f"{own}.base_layer", layers[own]) for own in FAMILIES[name].names(4)}
+    trained = {own for own in inside if ".0." in own}
+    for own in trained:
+        model.get_submodule(inside[own]).weight.requires_grad_()
+    aal.convert(model, "asa4")
+    assert ruled_layers(model) == {inside[own] for own in trained}
+    left_alone = aal.describe(model).left_alone
+    assert {re.sub(r"(?<=\.)\d+(?=\.)", "*", inside[own]) for own in inside} >= set(left_alone)
+    assert any(key.endswith(".base_layer") for key in left_alone)
+    assert all(reason.startswith("its weight is frozen") for reason in left_alone.values())
 
 
 def test_layers_beside_adapters_that_are_trained_learn_by_the_rule():
