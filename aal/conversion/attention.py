@@ -16,7 +16,7 @@ from aal.rules.aba import linear_aba
 
 
 class ReadingAttention(Converted):
-    """``nn.MultiheadAttention`` that does not keep an input that can be had again.
+    """``nn.MultiheadAttention`` that does not keep an input that can be computed again.
 
     Queries, keys and values are projected by ``in_proj_weight`` here, and ``out_proj`` is called.
     """

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from aal.conversion import attention, linear, pointwise
+from aal.conversion import attention, gated, linear, pointwise
 from aal.conversion.plan import LEFT_ALONE
 from aal.conversion.swap import Converted, original_class
 from aal.memory import MIB, report
@@ -128,15 +128,16 @@ def _what(module: nn.Module) -> str:
 
 
 _WORDS: dict[type[Converted], str] = {
-    linear.ReadingLinear: "keeps no input that can be had again",
-    linear.ReadingConv1D: "keeps no input that can be had again",
-    linear.ReadingConv2d: "keeps no input that can be had again",
-    attention.ReadingAttention: "keeps no input that can be had again",
+    linear.ReadingLinear: "keeps no input that can be recomputed",
+    linear.ReadingConv1D: "keeps no input that can be recomputed",
+    linear.ReadingConv2d: "keeps no input that can be recomputed",
+    attention.ReadingAttention: "keeps no input that can be recomputed",
     attention.LayerCallingAttention: "calls its layers",
     attention.SlowEncoder: "calls its layers",
-    pointwise.RepeatedModule: "can be had again",
+    gated.GatedFeedForward: "its product is recomputed",
+    pointwise.RepeatedModule: "its result can be recomputed",
     pointwise.RecomputedModule: "keeps its input alone",
-    pointwise.RepeatedBatchNorm: "can be had again",
+    pointwise.RepeatedBatchNorm: "its result can be recomputed",
     pointwise.PackedDropout: "keeps one bit",
     pointwise.PackedMaxPool2d: "keeps four bits",
 }

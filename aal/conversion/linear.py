@@ -40,7 +40,7 @@ def shared_code(x: Tensor, note: Note) -> SignCode:
 
 
 class ReadingLinear(Converted):
-    """``nn.Linear`` under backpropagation that does not keep an input that can be had again."""
+    """``nn.Linear`` under backpropagation; an input that can be computed again is not kept."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.apply_to(x, self.bias)
@@ -58,7 +58,7 @@ class ReadingLinear(Converted):
 
 
 class SignLinear(Converted, LinearASA):
-    """``nn.Linear`` under ASA. It keeps bits, unless its input can be had again or has a code."""
+    """``nn.Linear`` under ASA; no bits if its input has a code or can be computed again."""
 
     settings = ("relu", "epsilon", "lr_expansion", "scale")
 
@@ -182,7 +182,7 @@ class BiasConv1D(Converted, BiasRule):
 
 
 class ReadingConv2d(Converted):
-    """``nn.Conv2d`` under backpropagation that does not keep an input that can be had again."""
+    """``nn.Conv2d`` under backpropagation; an input that can be computed again is not kept."""
 
     def forward(self, x: Tensor) -> Tensor:
         note = note_of(x)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from aal.conversion import attention, linear, pointwise
+from aal.conversion import attention, gated, linear, pointwise
 from aal.conversion.blocks import Block, residual_blocks
 from aal.conversion.eligible import (
     is_wrapped,
@@ -182,6 +182,10 @@ class Plan:
     def _lean_change(self, name: str, module: nn.Module) -> Change | None:
         """What a module without a rule becomes."""
         if is_wrapped(module):
+            return None
+        if self.lean != "off" and gated.parts_of(module) is not None:
+            return gated.GatedFeedForward, {}
+        if gated.is_gate(name, self.modules) and self._is_in_scope(name.rpartition(".")[0]):
             return None
         if (function := pointwise.function_of(module)) is not None:
             return self._activation_change(name, *function)

@@ -42,7 +42,7 @@ def twin_of(module: nn.Module) -> tuple[Twin, tuple[Tensor | None, ...]]:
     return Twin(original_class(module), dict(vars(module)), tuple(own)), tuple(own.values())
 
 
-def _is_noted(*tensors: Tensor | None) -> bool:
+def is_noted(*tensors: Tensor | None) -> bool:
     """Does autograd record what is done to some tensors, and may notes be written?"""
     return _is_recorded(*tensors) and not torch.compiler.is_compiling()
 
@@ -53,14 +53,14 @@ def _is_recorded(*tensors: Tensor | None) -> bool:
 
 
 class RepeatedModule(Converted):
-    """A layer norm or activation function, whose input PyTorch keeps; its output can be had again.
+    """A layer norm or activation function, whose output can be computed again.
 
-    The forward pass is the module's own.
+    PyTorch keeps its input. The forward pass is the module's own.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.original.forward(self, x)
-        if y is not x and _is_noted(x, *self._parameters.values()):
+        if y is not x and is_noted(x, *self._parameters.values()):
             function, parameters = twin_of(self)
             write_note(y, Note(x, (Step(function, parameters),)))
         return y
@@ -105,7 +105,7 @@ class RecomputedModule(Converted):
     """A norm or activation function of several operations; see ``RecomputedFunction``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _is_noted(x, *self._parameters.values()):
+        if not is_noted(x, *self._parameters.values()):
             return self.original.forward(self, x)
         function, parameters = twin_of(self)
         y = RecomputedFunction.apply(function, x, *parameters)
@@ -114,11 +114,11 @@ class RecomputedModule(Converted):
 
 
 class RepeatedBatchNorm(Converted):
-    """Batch norm; its output can be had again from its input, running statistics untouched."""
+    """Batch norm; its output can be computed again from its input, running statistics untouched."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.original.forward(self, x)
-        if _is_noted(x, self.weight, self.bias):
+        if is_noted(x, self.weight, self.bias):
             by_batch = self.training or self.running_mean is None
             running = (None, None) if by_batch else (self.running_mean, self.running_var)
             again = functools.partial(_batch_norm, training=by_batch, eps=self.eps)
@@ -136,7 +136,7 @@ class CodedModule(Converted):
     Settings:
         function: its name among those of ``aal.ops.activation``; the forward pass is its own.
         derivative: as ``activation_coded``.
-        always: False for a ReLU that keeps bits only where its output can be had again.
+        always: False for a ReLU that keeps bits only where its output can be computed again.
     """
 
     settings = ("function", "derivative", "always")
@@ -172,7 +172,7 @@ class _Own(NamedTuple):
 
 
 class PackedDropout(Converted):
-    """Dropout that keeps one bit per element; its output can be had again if its input can."""
+    """Dropout that keeps one bit per element; its output can be computed again if its input can."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.p:

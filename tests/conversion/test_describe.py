@@ -17,11 +17,11 @@ def test_rows_say_what_became_what():
     description = aal.describe(aal.convert(model(), "asa1", placement={1: "[01].3"}, lean="exact"))
     rows = [(row.name, row.count, row.was, row.became) for row in description.rows]
     assert rows == [
-        ("*.*", 1, "LayerNorm", "can be had again"),
-        ("*.*", 1, "Linear", "keeps no input that can be had again"),
+        ("*.*", 1, "LayerNorm", "its result can be recomputed"),
+        ("*.*", 1, "Linear", "keeps no input that can be recomputed"),
         ("*.*", 1, "ReLU", "keeps one bit"),
         ("*.*", 1, "Linear", "ASA: one bit, behind a ReLU"),
-        ("*", 1, "Linear", "keeps no input that can be had again"),
+        ("*", 1, "Linear", "keeps no input that can be recomputed"),
     ]
     assert description.saved_bytes is None and description.stock_bytes is None
 
