@@ -331,7 +331,7 @@ def test_a_published_network_that_is_damaged_is_refused(train_bert: Callable, pu
     refused("lacks the files of its tokeniser")
     (published / "config.json").write_text('{"model_type": "t5"}')
     refused("is no network like BERT: its configuration has no max_position_embeddings")
-    (published / "config.json").write_text("{}")
+    (published / "config.json").write_text("{")
     refused(f"--pretrained: cannot load {published}")
     refused("is no folder and cannot be fetched", published / "nowhere")
 
