@@ -312,7 +312,7 @@ HUGGING_FACE = _hugging_face()
 FAMILIES = HUGGING_FACE | _timm() | _torchvision() | _torch()
 BEHIND_RELU = {"t5", "encoder", "decoder-layer"}  # whose second feed-forward layers read a ReLU
 CALLS_GELU = {"encoder-batch-first"}  # as a function, which is left alone
-GATED = {"llama", "t5-gated"}  # the activation is behind the first of two layers
+GATED = {"llama", "t5-gated"}  # the product with the activation needs its value anyway
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
