@@ -13,6 +13,7 @@ from aal.conversion.eligible import (
     is_wrapped,
     layer_type,
     tied_parameters,
+    weight_of,
     why_not,
     why_unknown,
 )
@@ -74,8 +75,8 @@ class Plan:
     exclude: Patterns
     wanted: dict[str, Change] = field(default_factory=dict)
     ruled: set[str] = field(default_factory=set)  # layers with a rule
-    packed: set[str] = field(default_factory=set)  # ReLUs that only such layers read
-    kept: set[str] = field(default_factory=set)  # activation functions that another layer reads
+    packed: set[str] = field(default_factory=set)  # ReLUs that had better keep bits
+    kept: set[str] = field(default_factory=set)  # activation functions whose reader keeps its input
     left_alone: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -160,8 +161,15 @@ class Plan:
 
     def _sort_activations(self, before: Mapping[str, str]) -> None:
         """Who reads the results of activation functions?"""
-        self.kept = {act for name, act in before.items() if name not in self.ruled}
-        self.packed = {act for name, act in before.items() if name in self.ruled} - self.kept
+        self.kept = {act for name, act in before.items() if self._keeps_its_input(name)}
+        self.packed = {
+            act for name, act in before.items() if name in self.ruled or self.lean != "off"
+        } - self.kept
+
+    def _keeps_its_input(self, name: str) -> bool:
+        """Not with a rule, and not if it is frozen, unless PEFT's adapter beside it does."""
+        learns = name.endswith(".base_layer") or weight_of(self.modules[name]).requires_grad
+        return learns and name not in self.ruled
 
     def finish(self) -> None:
         """Plan everything but the layers with the rule."""

@@ -12,6 +12,7 @@ from torch import nn
 
 import aal
 from aal.conversion.swap import Converted
+from aal.memory import saved_bytes
 from aal.rules.layer import RuleLayer
 
 peft = pytest.importorskip("peft")
@@ -60,6 +61,18 @@ def test_frozen_layers_are_left_alone_with_a_reason(name):
     with pytest.raises(ValueError, match="no layer can learn under asa4.*its weight is frozen"):
         aal.convert(model, "asa4")
     assert not any(isinstance(module, Converted) for module in model.modules())
+
+
+def test_activation_functions_before_frozen_layers_keep_two_bits():
+    """GPT-2 with adapters before attention: nothing reads what they keep but frozen layers."""
+    config = peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
+    model = peft.get_peft_model(model_of("gpt2"), config).train()
+    kept = []
+    for lean in ("exact", "approx"):
+        aal.convert(model, "bp", lean=lean)
+        kept.append(saved_bytes(lambda: output_of(model, inputs_of("gpt2"))))
+    elements, layers = 2 * 7 * 4 * 16, 2  # rows times the width of feed-forward parts
+    assert kept[0] - kept[1] == layers * (elements * 8 - elements // 4)
 
 
 @every_adapted

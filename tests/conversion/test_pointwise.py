@@ -116,6 +116,18 @@ def test_approx_is_exact_where_a_layer_without_rule_reads_the_function():
     assert_same_bits(gradients(model, x), gradients(stock, x))
 
 
+@pytest.mark.parametrize(
+    ("act", "lean", "bits"),
+    [(nn.GELU, "approx", 2), (nn.GELU, "exact", 32), (nn.ReLU, "approx", 1), (nn.ReLU, "exact", 1)],
+)
+def test_bytes_of_an_activation_function_between_frozen_layers(act, lean, bits):
+    """A frozen layer keeps no input, so that the function need not be had again."""
+    model = nn.Sequential(nn.Linear(6, 16), act(), nn.Linear(16, 4)).requires_grad_(False)
+    aal.convert(model, "bp", lean=lean)
+    x = torch.randn(3, 6, requires_grad=True)
+    assert saved_bytes(model, x) == 3 * 16 * bits // 8
+
+
 def test_quick_gelu_has_no_table_and_stays_exact():
     assert function_of(ACT2FN["quick_gelu"]) == (None, True)
     model, stock = (each.double() for each in pair(ACT2FN["quick_gelu"]))
