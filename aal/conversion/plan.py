@@ -168,7 +168,8 @@ class Plan:
 
     def _keeps_its_input(self, name: str) -> bool:
         """Not with a rule, and not if it is frozen, unless PEFT's adapter beside it does."""
-        learns = name.endswith(".base_layer") or weight_of(self.modules[name]).requires_grad
+        weight = weight_of(self.model.get_submodule(name))  # modules has one name of each alone
+        learns = name.endswith(".base_layer") or weight.requires_grad
         return learns and name not in self.ruled
 
     def finish(self) -> None:
