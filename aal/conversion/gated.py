@@ -53,8 +53,9 @@ class GatedFeedForward(Converted):
             write_note(h, Note(gated, (Step(product, (passed,)),)))
         else:
             h = product(gated, passed)
-        if dropout is not None:  # T5, whose last layer is kept in float32
-            h = dropout(h).to(down.weight.dtype)
+        if dropout is not None:  # T5, whose last layer is kept in float32 or quantised
+            h = dropout(h)
+            h = h.to(down.weight.dtype) if down.weight.is_floating_point() else h
         return down(h)
 
 

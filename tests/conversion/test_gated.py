@@ -71,6 +71,33 @@ def test_dropout_of_t5_draws_what_it_drew():
     assert_same_bits(gradients(model, x), gradients(stock, x))
 
 
+class Int8Linear(nn.Module):
+    """A quantised layer, as other libraries have them."""
+
+    def __init__(self, linear):
+        super().__init__()
+        scale = linear.weight.detach().abs().max() / 127
+        weight = (linear.weight.detach() / scale).round().to(torch.int8)
+        self.register_buffer("scale", scale)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x):
+        return x @ (self.weight * self.scale).T
+
+
+def test_last_layer_of_t5_may_be_quantised():
+    stock = t5()
+    stock.wo = Int8Linear(stock.wo)
+    model = aal.convert(copy.deepcopy(stock), "bp", lean="exact")
+    results = []
+    for each in (model, stock):
+        x = torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        y = each(x)
+        y.backward(cotangent_of(y))
+        results.append([y.detach(), x.grad, each.wi_0.weight.grad, each.wi_1.weight.grad])
+    assert_same_bits(*results)
+
+
 @pytest.mark.parametrize("dtype", [torch.float, torch.bfloat16])
 def test_autocast_computes_alike(dtype):
     for stock in (llama_like("LlamaMLP"), t5()):
