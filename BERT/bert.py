@@ -10,6 +10,9 @@ from hub import loaded
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig
 
+# Kin of RoBERTa number positions from behind the id that fills up texts.
+_SHIFTED = ("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert")
+_SHIFTED += ("mpnet", "longformer", "ibert", "data2vec-text", "xmod")
 _POOLER = "pooler."  # not every published network of this kind has one
 
 
@@ -46,6 +49,14 @@ def pretrained_config(name: str) -> PreTrainedConfig:
         if getattr(config, needed, None) is None:
             raise ValueError(f"{name} is no network like BERT: its configuration has no {needed}")
     return config
+
+
+def longest_text(config: PreTrainedConfig) -> int:
+    """Tokens for which a network has positions."""
+    positions = config.max_position_embeddings
+    if config.model_type in _SHIFTED:
+        return positions - config.pad_token_id - 1
+    return positions
 
 
 def config_from(text: str) -> PreTrainedConfig:

@@ -205,7 +205,7 @@ class TextRun(run.Run):
                 config.num_labels = classes
         except ValueError as error:
             raise UserError(f"{'--pretrained: ' if self.pretrained else ''}{error}") from error
-        longest, positions = self.args.max_length, config.max_position_embeddings
+        longest, positions = self.args.max_length, bert.longest_text(config)
         if longest > positions:
             raise UserError(f"--max-length {longest} is more than the network's {positions}")
         return config

@@ -7,6 +7,7 @@ import pytest
 import torch
 from architecture import MODELS, Architecture
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 import aal
 from aal.memory import saved_bytes
@@ -59,6 +60,18 @@ def test_a_configuration_survives_a_checkpoint():
     for text in ("", "{}", '{"model_type": "none"}'):
         with pytest.raises(ValueError, match="none of this version"):
             bert.config_from(text)
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "roberta", "xlm-roberta", "camembert"])
+def test_the_longest_text_has_positions_and_a_longer_one_has_none(name: str):
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = AutoConfig.for_model(name, **sizes, vocab_size=20, max_position_embeddings=16)
+    model = bert.new(config).eval()
+    longest = bert.longest_text(config)
+    ids = torch.full((1, longest), 7)
+    assert model(input_ids=ids).logits.isfinite().all()
+    with pytest.raises((IndexError, RuntimeError, ValueError)):
+        model(input_ids=torch.full((1, longest + 1), 7))
 
 
 @pytest.mark.parametrize("rule", ["bp", "asa4", "aba4"])
