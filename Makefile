@@ -24,6 +24,7 @@ bench-cpu: setup
 	$(BIN)/python benchmarks/compression_speed.py
 	$(BIN)/python benchmarks/compression_accuracy.py
 	$(BIN)/python benchmarks/conversion_memory.py
+	$(BIN)/python benchmarks/conversion_speed.py
 	$(BIN)/python benchmarks/pair_accuracy.py
 	$(BIN)/python benchmarks/translation_memory.py
 	$(BIN)/python benchmarks/translation_speed.py
