@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -108,7 +109,6 @@ _IMAGE |= {"intermediate_size": 24, "image_size": 16, "patch_size": 8}
 _DROPOUT = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.1}
 _BERT = ("output.dense", "intermediate.dense", "attention.output.dense")
 _BERT += ("attention.self.query attention.self.key attention.self.value",)
-_QKVO = ("o_proj", "q_proj k_proj v_proj")
 _VIT = ("mlp.fc2", "mlp.fc1", "attention.o_proj")
 _VIT += ("attention.q_proj attention.k_proj attention.v_proj",)
 _TIMM = ("mlp.fc2", "mlp.fc1", "attn.proj", "attn.qkv")
@@ -142,6 +142,19 @@ def _t5_levels(first: str) -> Levels:
     )
 
 
+def _image_levels(name: str) -> Levels:
+    """ViT, DeiT and Swin of transformers, whose parts had the names of BERT's."""
+    vit = importlib.import_module("transformers.models.vit.modeling_vit")
+    had_old_names = hasattr(vit, "ViTIntermediate")
+    if name == "swin":
+        first, second = "swin.encoder.layers.0.blocks.{}.", "swin.encoder.layers.1.blocks.0."
+        return levels([*numbered(first), second], *(_BERT if had_old_names else _VIT))
+    if not had_old_names:
+        return levels(numbered(name + ".layers.{}."), *_VIT)
+    old = (*_BERT[:3], _BERT[3].replace("attention.self", "attention.attention"))
+    return levels(numbered(name + ".encoder.layer.{}."), *old)
+
+
 def _hugging_face() -> dict[str, Family]:
     tf = transformers
     bert = {**_TEXT, **_DROPOUT}
@@ -149,7 +162,6 @@ def _hugging_face() -> dict[str, Family]:
     gpt2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": TOKENS, "n_positions": 32}
     swin = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 1]}
     swin |= {"num_heads": [2, 2], "window_size": 2}
-    swin_blocks = [*numbered("swin.encoder.layers.0.blocks.{}."), "swin.encoder.layers.1.blocks.0."]
     gated = {"feed_forward_proj": "gated-gelu"}
     return {
         "bert": Family(
@@ -202,17 +214,17 @@ def _hugging_face() -> dict[str, Family]:
         "vit": Family(
             lambda: tf.ViTForImageClassification(tf.ViTConfig(**_IMAGE, **_DROPOUT)),
             pixels,
-            levels(numbered("vit.layers.{}."), *_VIT),
+            _image_levels("vit"),
         ),
         "deit": Family(
             lambda: tf.DeiTForImageClassification(tf.DeiTConfig(**_IMAGE)),
             pixels,
-            levels(numbered("deit.layers.{}."), *_VIT),
+            _image_levels("deit"),
         ),
         "swin": Family(
             lambda: tf.SwinForImageClassification(tf.SwinConfig(**swin)),
             pixels,
-            levels(swin_blocks, *_VIT),
+            _image_levels("swin"),
         ),
     }
 

@@ -35,7 +35,8 @@ IMAGES = {"vit", "deit", "swin", "timm-vit", "timm-deit", "timm-swin", "timm-mix
 IMAGES |= {"torchvision-vit", "torchvision-swin", "torchvision-swin2"}
 
 # Attributes that hold the probability of a dropout, or of dropping a path.
-DROPOUTS = ("p", "dropout", "dropout_p", "drop_prob", "attn_drop_prob", "attention_dropout")
+DROPOUTS = ("p", "dropout", "dropout_p", "dropout_prob", "drop_prob")
+DROPOUTS += ("attn_drop_prob", "attention_dropout")
 
 
 def converted_model(name: str, way: str, dtype: torch.dtype = torch.double) -> nn.Module:

@@ -50,7 +50,7 @@ def test_saved_pretrained_model_is_loaded_and_converted_again(name, rule, tmp_pa
     """Transformers gives weights of some families older names in files, unless told not to."""
     model = converted_model(name, rule)
     model.save_pretrained(tmp_path, save_original_format=rule == "asa")
-    loaded = type(model).from_pretrained(tmp_path, dtype=torch.double).train()
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.double).double().train()
     assert not any(isinstance(module, Converted) for module in loaded.modules())
     kind, lean, options = RULES[rule]
     aal.convert(loaded, kind, lean=lean, **options)
@@ -60,7 +60,8 @@ def test_saved_pretrained_model_is_loaded_and_converted_again(name, rule, tmp_pa
         assert vectors.keys() == {f"{layer}.aux" for layer in FAMILIES[name].names(4)}
         assert not loaded.load_state_dict(vectors, strict=False).unexpected_keys
     expected, found = step(model, inputs_of(name)), step(loaded, inputs_of(name))
-    tolerance = FAMILIES[name].tolerance  # memory of loaded tensors begins at other places
+    # Memory of loaded tensors begins at other places, and Swin's drop rates round otherwise.
+    tolerance = max(FAMILIES[name].tolerance, 1e-8)
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
