@@ -25,7 +25,7 @@ def convert(
     rule: str,
     *,
     include: Patterns | None = None,
-    exclude: Patterns = (),
+    exclude: Patterns | None = None,
     placement: Mapping[int, Patterns] | None = None,
     stride: Sequence[int] | None = None,
     lean: str = "off",
@@ -50,9 +50,10 @@ def convert(
         placement: patterns of names by level, instead of what is known of the model.
         stride: blocks per group in each stage of a ResNet, (2, 2, 2, 2) if not given.
         lean: "off"; "exact", which leaves all gradients bit-identical: what a norm, an activation
-            function or dropout makes is computed again instead of being kept; "approx", where
-            GELU and SiLU keep their derivative in two bits. In every case a ReLU that only layers
-            with a rule read keeps one bit.
+            function or dropout makes is computed again instead of being kept (RMS norms of several
+            operations: up to the order of a sum); "approx", where GELU and SiLU keep their
+            derivative in two bits. In every case a ReLU that only layers with a rule read keeps
+            one bit.
         options: ``epsilon`` (0.01) and ``scale`` ("fixed", "mean") of ASA, ``lr_expansion`` (100)
             of ASA and ABA, ``derivative`` ("fitted", "published") of "approx".
 
@@ -64,7 +65,7 @@ def convert(
             fits no layer of the model. The model is as before.
     """
     check_choices(rule, lean, stride, placement, **options)
-    plan = Plan(model, rule, lean, _DEFAULTS | options, include, exclude)
+    plan = Plan(model, rule, lean, _DEFAULTS | options, include, exclude or ())
     if rule == "ara" or stride is not None:
         plan.place_in_blocks(stride or DEFAULT_STRIDE)
     elif rule in ("asa", "aba"):
