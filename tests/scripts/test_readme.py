@@ -29,9 +29,10 @@ def test_its_python_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
 
 def test_its_report_is_what_the_code_prints(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys):
     monkeypatch.chdir(ROOT)
-    run_code(_blocks("python")[:2], tmp_path)
-    printed = capsys.readouterr().out.strip()
-    assert printed in _blocks("text")[0]
+    blocks = _blocks("python")
+    last = next(i for i, block in enumerate(blocks) if "print(report(" in block)
+    run_code(blocks[: last + 1], tmp_path)
+    assert capsys.readouterr().out.strip().endswith(_blocks("text")[0].strip())
 
 
 def _commands() -> list[tuple[str, list[str]]]:
@@ -86,6 +87,17 @@ def test_its_commands_train_score_and_translate(
         assert (status, err) == (0, "")
         starts.append(out.partition(" BLEU")[0])
     assert starts[0] == "test" and starts[1].count("\n") == 1
+
+
+def test_its_commands_for_bert_train_and_score(train_bert: Callable, tmp_path: Path):
+    training, scoring = (words for folder, words in _commands() if folder == "BERT")
+    status, _, err = train_bert(*training, "--task", "mrpc", "--epochs", "1")
+    assert status == 0, err
+    place = scoring.index("--model_path") + 1
+    scoring[place] = str(tmp_path / "runs" / Path(scoring[place]).relative_to("results"))
+    status, out, err = train_bert(*scoring, "--task", "mrpc")
+    assert status == 0, err
+    assert out.startswith("test accuracy")
 
 
 def test_the_papers_command_for_translation_is_the_tested_one():
@@ -259,3 +271,48 @@ def test_its_accuracies_of_compressors_are_the_recorded_ones():
     for row, *records in zip(rows, *(network.values() for network in networks), strict=True):
         expected = [f"{r['accuracy_mean']:.1f} ± {r['accuracy_sd']:.1f}" for r in records]
         assert row[1:] == expected
+
+
+def test_its_bytes_of_bert_are_the_recorded_ones():
+    record = _record("conversion_memory")
+    tables = [record[f"BERT-Large, dropout {dropout}"] for dropout in ("0.1", "0")]
+    rows = _table("| BERT-Large |")
+    assert len(rows) == len(tables[0])
+    for label, mib, times, _, *without in rows:
+        for table, found in zip(tables, ((mib, times), without), strict=True):
+            row = table[label.removesuffix(", lean off")]
+            assert float(found[0]) == pytest.approx(row["mib"], abs=0.501)
+            assert float(found[1]) == pytest.approx(row["times_less"], abs=0.00501)
+
+
+def test_its_bytes_of_other_models_are_the_recorded_ones():
+    record = _record("conversion_memory")["others, per sample"]
+    rows = _table("| model | as it comes |")
+    assert len(rows) == len(record)
+    for name, plain, exact, times_exact, setting, mib, times in rows:
+        row = record[name]
+        found = [(plain, 1), (exact, times_exact), (mib, times)]
+        for key, (own, ratio) in zip(("bp", "bp, lean exact", setting), found, strict=True):
+            assert float(own) == pytest.approx(row[key]["mib"], abs=0.0501)
+            assert float(ratio) == pytest.approx(row[key]["times_less"], abs=0.00501)
+
+
+def test_its_times_of_converted_models_are_the_recorded_ones():
+    networks = _record("conversion_speed_cpu")["training_step"].values()
+    for label, *ratios in _table("| setting | BERT-Base |"):
+        for network, ratio in zip(networks, ratios, strict=True):
+            assert (ratio == "–") == (label not in network)
+            if label in network:
+                assert ratio == f"{network[label]['median_ratio']:.2f}"
+
+
+def test_its_accuracies_of_pairs_are_the_recorded_ones():
+    record = _record("pair_accuracy")["rules"]
+    rows = _table("| setting | accuracy % |")
+    assert [label for label, *_ in rows] == list(record)
+    for label, accuracy, mib, indicator in rows:
+        row = record[label]
+        assert accuracy == f"{row['accuracy_mean']:.1f} ± {row['accuracy_sd']:.1f}"
+        assert mib == f"{row['saved_mib']:.1f}"
+        found = float(indicator.replace("−", "-"))
+        assert found == pytest.approx(row["median_learning_indicator"], abs=0.000501)
