@@ -65,7 +65,7 @@ def convert(
             fits no layer of the model. The model is as before.
     """
     check_choices(rule, lean, stride, placement, **options)
-    plan = Plan(model, rule, lean, _DEFAULTS | options, include, exclude or ())
+    plan = Plan(model, rule, lean, _DEFAULTS | options, include, () if exclude is None else exclude)
     if rule == "ara" or stride is not None:
         plan.place_in_blocks(stride or DEFAULT_STRIDE)
     elif rule in ("asa", "aba"):

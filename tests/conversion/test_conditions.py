@@ -104,7 +104,7 @@ def test_autocast_is_near_full_precision(name, way):
     low = under_autocast(torch.bfloat16, lambda model: output_of(model, inputs))
     found, stock_error = low(model), low(stock) - output_of(stock, inputs)
     error = (found - precise).abs().max()
-    assert error <= 4 * stock_error.abs().max() + 0.02 * precise.abs().max()
+    assert error <= 4 * stock_error.abs().max() + 0.05 * precise.abs().max()
     found.float().backward(cotangent_of(found).float())
     grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads)
