@@ -1,7 +1,7 @@
 """Attention modules that hand the weights of their layers to functions instead of calling them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -170,10 +170,13 @@ class SlowEncoder(Converted):
     activation_relu_or_gelu = property(lambda self: 0)
 
 
-def _each(inputs: Sequence[Tensor], function) -> list[Tensor]:
-    """Apply a function, and let what was one tensor stay one."""
-    results = {id(x): function(x) for x in inputs}
-    return [results[id(x)] for x in inputs]
+def _each(inputs: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Apply a function to query, key and value; neighbours that were one tensor stay one."""
+    results: list[Tensor] = []
+    for i, x in enumerate(inputs):
+        is_same = i > 0 and x is inputs[i - 1]
+        results.append(results[-1] if is_same else function(x))
+    return results
 
 
 def _unsqueezed(inputs: Sequence[Tensor], dim: int) -> list[Tensor]:

@@ -46,13 +46,13 @@ class GatedFeedForward(Converted):
         gate, up, act, dropout, down = (
             None if part is None else getattr(self, part) for part in parts_of(self)
         )
-        product = _Product(twin_of(act)[0])
         gated, passed = gate(x), up(x)
         if is_noted(gated, passed):
+            product = _Product(twin_of(act)[0])
             h = RecomputedFunction.apply(product, gated, passed)
             write_note(h, Note(gated, (Step(product, (passed,)),)))
         else:
-            h = product(gated, passed)
+            h = act(gated) * passed
         if dropout is not None:  # T5, whose last layer is kept in float32 or quantised
             h = dropout(h)
             h = h.to(down.weight.dtype) if down.weight.is_floating_point() else h

@@ -152,8 +152,9 @@ class CodedModule(Converted):
         code = None
         if table is None or table.holds_sign:
             code = SignCode(signs, layout_in_rows(x.shape))
-        again, parameters = twin_of(self)
-        steps = (*note.steps, Step(again, parameters)) if note.base is not None else ()
+        steps = ()
+        if note.base is not None:
+            steps = (*note.steps, Step(*twin_of(self)))
         if note.base is not None or code is not None:
             write_note(y, Note(note.base, steps, code))
         return y
