@@ -369,6 +369,8 @@ def test_wrong_arguments_are_refused_at_once(arguments, options, message: str):
     assert "\n" not in str(error.value)
 
 
+# The compiler of PyTorch 2.11 imports what it calls deprecated.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 def test_a_compiled_model_takes_a_rule_only(trainer):
     made = trainer(AALCallback("asa1", "off", "adaptive"), torch_compile=True)
     with pytest.raises(ValueError, match="with torch_compile"):
