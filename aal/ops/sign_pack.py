@@ -58,7 +58,7 @@ def pack_sign(x: Tensor) -> Tensor:
     Returns:
         uint8 tensor of ``ceil(x.numel() / 8)`` bytes, in the memory order of ``x``.
     """
-    return _pack(x.permute(layout_of(x).order).reshape(-1))
+    return _pack(in_memory_order(x))
 
 
 def unpack_sign(packed: Tensor, layout: Layout, dtype: torch.dtype, *, low: int = -1) -> Tensor:
@@ -73,10 +73,19 @@ def unpack_sign(packed: Tensor, layout: Layout, dtype: torch.dtype, *, low: int 
     Returns:
         Tensor of the shape and memory format of ``x``: 1 where ``x > 0``, ``low`` elsewhere.
     """
+    return from_memory_order(_unpack(packed, layout.shape.numel(), dtype, low), layout)
+
+
+def in_memory_order(x: Tensor) -> Tensor:
+    """All elements of ``x`` as (n,), from the first in memory to the last."""
+    return x.permute(layout_of(x).order).reshape(-1)
+
+
+def from_memory_order(elements: Tensor, layout: Layout) -> Tensor:
+    """The tensor of a layout whose elements ``in_memory_order`` are these."""
     shape, order = layout
     inverse = [order.index(dim) for dim in range(len(order))]
-    signs = _unpack(packed, shape.numel(), dtype, low)
-    return signs.view([shape[dim] for dim in order]).permute(inverse)
+    return elements.view([shape[dim] for dim in order]).permute(inverse)
 
 
 def signs(x: Tensor, *, low: int = -1) -> Tensor:

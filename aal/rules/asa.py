@@ -29,13 +29,20 @@ from aal.ops.convolution import (
 )
 from aal.ops.linear import as_rows
 from aal.ops.operation import Operation, Tensors
-from aal.ops.sign_linear import add_sign, linear_plus_sign, sign_scale, sign_weight_gradient
+from aal.ops.sign_linear import (
+    add_sign,
+    add_sign_pack,
+    linear_plus_sign,
+    linear_plus_sign_packed,
+    sign_scale,
+    sign_weight_gradient,
+)
 from aal.ops.sign_pack import (
     Layout,
     SignCode,
     layout_in_rows,
+    layout_of,
     pack_sign,
-    sign_code,
     signs,
     unpack_sign,
 )
@@ -63,22 +70,25 @@ class LinearASAFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, packed, weight, bias, sign: "_Sign"):
-        ctx.sign, ctx.shape = sign, x.shape
-        rows, scale = as_rows(x), None
-        if packed is not None and sign.mean:
-            scale = sign_scale(rows, sign.low, sign.epsilon)
+    def forward(ctx, x, packed, keeps: bool, weight, bias, sign: "_Sign"):
+        ctx.sign, ctx.shape, scale = sign, x.shape, None
+        if keeps and packed is None:
+            y, packed = sign.linear_packed(x, weight, bias)
+        else:
+            y = sign.linear(x, weight, bias)
+        if keeps and sign.mean:
+            scale = sign_scale(as_rows(x), sign.low, sign.epsilon)
         ctx.save_for_backward(packed, scale, weight)
-        return sign.linear(x, weight, bias)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: Tensor):
         packed, scale, weight = ctx.saved_tensors
-        needs_input, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        needs_input, _, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
         needs = (needs_input, needs_weight, needs_bias)
         grads = ctx.sign.linear_backward(grad_output, ctx.shape, packed, scale, weight, needs)
-        return grads[0], None, *grads[1:], None
+        return grads[0], None, None, *grads[1:], None
 
 
 class _Sign(NamedTuple):
@@ -90,9 +100,19 @@ class _Sign(NamedTuple):
     mean: bool  # a scale per row instead of the gain
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        own = (weight.to(x.dtype), cast(bias, x.dtype))
-        y = linear_plus_sign(as_rows(x), *own, self.low, self.epsilon)
+        y = linear_plus_sign(*self._arguments(x, weight, bias))
         return y.view(*x.shape[:-1], len(weight))
+
+    def linear_packed(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """``linear``, and the signs of the input in the order of rows."""
+        y, packed = linear_plus_sign_packed(*self._arguments(x, weight, bias))
+        return y.view(*x.shape[:-1], len(weight)), packed
+
+    def _arguments(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple:
+        own = (weight.to(x.dtype), cast(bias, x.dtype))
+        return as_rows(x), *own, self.low, self.epsilon
 
     def linear_backward(
         self,
@@ -159,21 +179,25 @@ class Conv2dASAFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, packed, layout, weight, bias, where: Geometry, low: int, epsilon, gain):
+    def forward(ctx, x, packed, layout, keeps, weight, bias, where: Geometry, low, epsilon, gain):
+        if keeps and packed is None:
+            h, packed = add_sign_pack(x, low, epsilon)
+            layout = layout_of(x)
+        else:
+            h = add_sign(x, low, epsilon)
         ctx.layout, ctx.where, ctx.low, ctx.gain = layout, where, low, gain
         ctx.shape, ctx.dtype = x.shape, x.dtype
         ctx.save_for_backward(packed, weight)
-        h = add_sign(x, low, epsilon)
         return convolve(h, weight.to(x.dtype), cast(bias, x.dtype), where)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: Tensor):
         packed, weight = ctx.saved_tensors
-        needs_input, _, _, needs_weight, needs_bias = ctx.needs_input_grad[:5]
+        needs_input, _, _, _, needs_weight, needs_bias = ctx.needs_input_grad[:6]
         if needs_weight:
             sign = unpack_sign(packed, ctx.layout, ctx.dtype, low=ctx.low)
-            source = sign.reshape(ctx.shape)  # the layout is that of (C, H, W) if x was
+            source = sign.reshape(ctx.shape)  # a shared code may be of (C, H, W)
         else:
             source = shape_only(grad_output, ctx.shape)
         grad_input, grad_weight, grad_bias = convolve_backward(
@@ -185,7 +209,7 @@ class Conv2dASAFunction(torch.autograd.Function):
         )
         if needs_weight:
             grad_weight = grad_weight.to(weight.dtype) * ctx.gain
-        return grad_input, None, None, grad_weight, grad_bias, None, None, None, None
+        return grad_input, None, None, None, grad_weight, grad_bias, None, None, None, None
 
 
 def linear_asa(
@@ -215,12 +239,13 @@ def linear_asa(
         (..., D); see ``LinearASAFunction`` for what is exact.
     """
     x = cast_input(x, weight).contiguous()
-    packed, layout = _code(x, weight, code)
+    keeps = _keeps_signs(weight)
+    packed, layout = _shared(code, x, keeps)
     if packed is not None and layout != layout_in_rows(x.shape):
         signs_in_rows = unpack_sign(packed, layout, torch.bool, low=0).contiguous()
         packed = pack_sign(signs_in_rows)
     sign = _sign(relu, epsilon, lr_expansion, scale)
-    return LinearASAFunction.apply(x, packed, weight, bias, sign)
+    return LinearASAFunction.apply(x, packed, keeps, weight, bias, sign)
 
 
 def conv2d_asa(
@@ -249,13 +274,10 @@ def conv2d_asa(
     """
     where = geometry(weight, stride, padding, dilation, groups)
     x = cast_input(x, weight)
-    packed, layout = _code(x, weight, code)
-    low, gain = _low(relu), lr_expansion * epsilon
-
-    def apply(x: Tensor) -> Tensor:
-        return Conv2dASAFunction.apply(x, packed, layout, weight, bias, where, low, epsilon, gain)
-
-    return batched(apply, x)
+    keeps = _keeps_signs(weight)
+    kept = (*_shared(code, x, keeps), keeps)
+    how = (where, _low(relu), epsilon, lr_expansion * epsilon)
+    return batched(lambda x: Conv2dASAFunction.apply(x, *kept, weight, bias, *how), x)
 
 
 def sign_operation(
@@ -359,11 +381,14 @@ def _sign(relu: bool, epsilon: float, lr_expansion: float, scale: str) -> _Sign:
     return _Sign(_low(relu), epsilon, lr_expansion * epsilon, scale == "mean")
 
 
-def _code(x: Tensor, weight: Tensor, code: SignCode | None) -> tuple[Tensor | None, Layout | None]:
-    """Bits and layout to keep: the caller's or new ones, and no bits when nothing reads them."""
+def _keeps_signs(weight: Tensor) -> bool:
+    """Will backward ask for the gradient of a weight, and so for signs?"""
+    return weight.requires_grad and torch.is_grad_enabled()
+
+
+def _shared(code: SignCode | None, x: Tensor, keeps: bool) -> tuple[Tensor | None, Layout | None]:
+    """Bits and layout of the caller's code; none if there is no code, or nothing reads it."""
     if code is not None and code.layout.shape != x.shape:
         shapes = f"{tuple(code.layout.shape)} but the input is {tuple(x.shape)}"
         raise ValueError(f"code is of a tensor of shape {shapes}")
-    if not (weight.requires_grad and torch.is_grad_enabled()):
-        return None, None
-    return sign_code(x) if code is None else code
+    return code if keeps and code is not None else (None, None)
