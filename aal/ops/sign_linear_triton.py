@@ -9,11 +9,11 @@ from torch import Tensor
 
 _BYTES_PER_PROGRAM = 512  # 32 elements per thread: four loads of 16 bytes in half precision
 
-# A tile of the weight gradient that 8 warps can sum in registers, and the rows whose signs lie in
-# shared memory at a time.
+# A tile of the weight gradient, and rows at a time: two programs of 8 warps fit a multiprocessor,
+# so that one decodes while the other multiplies.
 _OUTPUTS, _COLUMNS, _ROWS = 128, 128, 64
-_PROGRAMS = 264  # two for each multiprocessor of an H100: few tiles share the rows until there are
-_LEAST_ROWS = 1024  # that are worth a program, which writes a tile of sums
+_PROGRAMS = 264  # two for each multiprocessor of an H100; with fewer tiles, parts share the rows
+_LEAST_ROWS = 1024  # of a part: it has to be worth the sums that it writes
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def add_sign_pack_triton(x: Tensor, low: int, epsilon: float) -> tuple[Tensor, T
 
 def _launch_add_sign(x: Tensor, h: Tensor, packed: Tensor | None, low: int, epsilon: float) -> None:
     num_bytes = triton.cdiv(x.numel(), 8)
-    step = torch.tensor(epsilon, dtype=x.dtype).item()  # rounded before it is added
+    step = torch.tensor(epsilon, dtype=x.dtype, device="cpu").item()  # rounded before it is added
     if num_bytes:
         with _on_device_of(x):
             _add_sign_kernel[(triton.cdiv(num_bytes, _BYTES_PER_PROGRAM),)](

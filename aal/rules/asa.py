@@ -71,6 +71,7 @@ class LinearASAFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, packed, keeps: bool, weight, bias, sign: "_Sign"):
+        # packed: the bits of a shared code. Without one, new bits are made if backward reads them.
         ctx.sign, ctx.shape, scale = sign, x.shape, None
         if keeps and packed is None:
             y, packed = sign.linear_packed(x, weight, bias)
@@ -180,6 +181,7 @@ class Conv2dASAFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, packed, layout, keeps, weight, bias, where: Geometry, low, epsilon, gain):
+        # packed, layout and keeps: as for ``LinearASAFunction``.
         if keeps and packed is None:
             h, packed = add_sign_pack(x, low, epsilon)
             layout = layout_of(x)
