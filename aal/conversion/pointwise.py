@@ -13,9 +13,10 @@ from torch.autograd.function import once_differentiable
 
 from aal.conversion.notes import Note, Step, note_of, write_note
 from aal.conversion.swap import Converted, original_class
-from aal.lean.activation import CodedActivationFunction
+from aal.lean.activation import function_coded
 from aal.lean.dropout import dropout_packed
 from aal.lean.pool import MaxPool2dFunction, window_of
+from aal.ops.activation import Activation
 from aal.ops.autocast import autocast_again, autocast_dtype
 from aal.ops.derivative_code import table_of
 from aal.ops.dropout import dropout_again
@@ -134,7 +135,8 @@ class CodedModule(Converted):
     """An activation function that keeps its derivative in one or two bits per element.
 
     Settings:
-        function: its name among those of ``aal.ops.activation``; the forward pass is its own.
+        function: its name among those of ``aal.ops.activation``. The forward pass is its own, but
+            for the rounding on CUDA.
         derivative: as ``activation_coded``.
         always: False for a ReLU that keeps bits only where its output can be computed again.
     """
@@ -146,12 +148,9 @@ class CodedModule(Converted):
         pays = self.always or note.base is not None
         if not (pays and _is_recorded(x)):
             return self.original.forward(self, x)
-        own = _Own(self.function, self)
-        table = table_of(own, self.derivative)
-        y, signs = CodedActivationFunction.apply(x, own, table, 0.0)
-        code = None
-        if table is None or table.holds_sign:
-            code = SignCode(signs, layout_in_rows(x.shape))
+        _, is_composite = function_of(self)
+        own = _Own(self.function, self) if is_composite else Activation(self.function)
+        y, code = function_coded(x, own, table_of(own, self.derivative))
         steps = ()
         if note.base is not None:
             steps = (*note.steps, Step(*twin_of(self)))
@@ -167,8 +166,6 @@ class _Own(NamedTuple):
     module: Converted
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.name == "relu":  # the module may want to overwrite its input
-            return torch.relu(x)
         return self.module.stock_forward(x)
 
 

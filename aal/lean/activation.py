@@ -6,20 +6,21 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from aal.ops.activation import Activation, activation_of
-from aal.ops.derivative_code import (
-    Table,
-    encode_derivative,
-    multiply_by_derivative,
-    table_of,
-)
+from aal.ops.derivative_code import Table, coded_activation, multiply_by_derivative, table_of
 from aal.ops.dropout import dropout, dropout_backward
-from aal.ops.sign_pack import SignCode, layout_in_rows
+from aal.ops.sign_pack import (
+    SignCode,
+    from_memory_order,
+    in_memory_order,
+    layout_in_rows,
+    layout_of,
+)
 
 
 class CodedActivationFunction(torch.autograd.Function):
     """An activation function, and perhaps dropout behind it, that keeps a code of its derivative.
 
-    Forward     y = dropout(f(x)), exact
+    Forward     y = dropout(f(x)), exact but for the rounding of GELU and SiLU on CUDA
     Backward    grad_input = dropout's gradient(grad_output) * d(x)
                 exact for ReLU; approximate for GELU and SiLU: d has the four steps of ``table``
                 where f' is smooth
@@ -36,8 +37,8 @@ class CodedActivationFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, activation: Activation, table: Table | None, probability: float):
         ctx.table, ctx.probability = table, probability
-        planes, mask = encode_derivative(x, table), ()
-        y = activation.forward(x)
+        y, planes = coded_activation(x, activation, table)
+        mask = ()
         if probability:
             y, *mask = dropout(y, probability)
             # Dropped elements get no gradient, so that their own bit is free to say "not positive".
@@ -69,18 +70,38 @@ def activation_coded(
         dropout: probability; 0 outside of training.
 
     Returns:
-        The result, and its signs for a layer under ASA to share, if there is a code that holds
-        them; see ``CodedActivationFunction`` for what is exact.
+        As ``function_coded``.
 
     Raises:
         TypeError: another layer.
     """
-    activation, table = _coded(layer, derivative)
+    return function_coded(x, *_coded(layer, derivative), dropout)
+
+
+def function_coded(
+    x: Tensor, activation: Activation, table: Table | None, dropout: float = 0.0
+) -> tuple[Tensor, SignCode | None]:
+    """``activation_coded`` for a function and the steps of its derivative.
+
+    Returns:
+        The result, and its signs for a layer under ASA to share, if there is a code that holds
+        them; see ``CodedActivationFunction`` for what is exact. Nothing is kept, and there is no
+        code, where autograd does not record.
+    """
     if not (torch.is_grad_enabled() and x.requires_grad):
         return F.dropout(activation.forward(x), dropout), None
-    y, signs = CodedActivationFunction.apply(x, activation, table, dropout)
-    holds_sign = table is None or table.holds_sign
-    return y, SignCode(signs, layout_in_rows(x.shape)) if holds_sign else None
+    layout = layout_in_rows(x.shape)
+    if _is_channels_last(x) and not dropout:  # whose random numbers are drawn in rows
+        layout = layout_of(x)
+        y, signs = CodedActivationFunction.apply(in_memory_order(x), activation, table, 0.0)
+        y = from_memory_order(y, layout)
+    else:
+        y, signs = CodedActivationFunction.apply(x, activation, table, dropout)
+    return y, SignCode(signs, layout) if table is None or table.holds_sign else None
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _coded(layer: nn.Module, derivative: str) -> tuple[Activation, Table | None]:

@@ -6,6 +6,9 @@ input lies, and whether it lies beyond the outer two. Each bit has a plane of it
 input, and of the output of GELU, SiLU and ReLU, which is all that a layer under ASA needs of it.
 
 The derivative of ReLU is told exactly by the first plane alone.
+
+On CUDA the activation function and its planes are one Triton kernel, and the product with the
+derivative another (``derivative_code_triton``). The plain functions are the definition.
 """
 
 import functools
@@ -61,17 +64,41 @@ def table_of(activation: Activation, derivative: str) -> Table | None:
     return DERIVATIVES[derivative].get(activation.name)
 
 
+def coded_activation(
+    x: Tensor, activation: Activation, table: Table | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """``activation.forward(x)``, and the planes of ``encode_derivative`` at x.
+
+    On CUDA the result is within the rounding of PyTorch's. An activation of another type has a
+    forward pass of its own, which no kernel replaces.
+    """
+    if type(activation) is Activation and x.is_cuda and x.is_contiguous():
+        y, *planes = _coded_activation(x, activation.name, table.thresholds if table else ())
+        return y, tuple(planes)
+    return activation.forward(x), encode_derivative(x, table)
+
+
 def encode_derivative(x: Tensor, table: Table | None) -> tuple[Tensor, ...]:
     """The planes of bits that tell the derivative at x: one without a table, else two.
 
     Returns:
         uint8 tensors of ``ceil(x.numel() / 8)`` bytes, in logical order.
     """
+    return _planes(x, table.thresholds if table else ())
+
+
+def multiply_by_derivative(grad: Tensor, planes: tuple[Tensor, ...], table: Table | None) -> Tensor:
+    """``grad`` times the derivative that ``planes`` tell."""
+    levels = table.levels if table else ()
+    return (_product_on_cuda if grad.is_cuda else _product)(grad, planes, levels)
+
+
+def _planes(x: Tensor, thresholds: Sequence[float]) -> tuple[Tensor, ...]:
     x = x.contiguous().view(-1)
-    low, middle, high = table.thresholds if table else (0.0, 0.0, 0.0)
+    if not thresholds:
+        return (pack_sign(x),)
+    low, middle, high = thresholds
     upper = pack_sign(x - middle if middle else x)
-    if table is None:
-        return (upper,)
     center, radius = (low + high) / 2, (high - low) / 2
     outer = torch.empty_like(upper)
     for piece in tiles(x.numel(), 1, x.device):
@@ -80,20 +107,62 @@ def encode_derivative(x: Tensor, table: Table | None) -> tuple[Tensor, ...]:
     return upper, outer
 
 
-def multiply_by_derivative(grad: Tensor, planes: tuple[Tensor, ...], table: Table | None) -> Tensor:
-    """``grad`` times the derivative that ``planes`` tell."""
+def _product(grad: Tensor, planes: Sequence[Tensor], levels: Sequence[float]) -> Tensor:
     flat = grad.contiguous().view(-1)
     result = torch.empty_like(flat)
     for piece in tiles(flat.numel(), 1, flat.device):
         own, out = [plane[_bytes(piece)] for plane in planes], result[piece]
-        if table is None:  # not a product: of infinity it would be NaN where ReLU's gradient is 0
+        if not levels:  # not a product: of infinity it would be NaN where ReLU's gradient is 0
             layout = layout_in_rows(out.shape)
             positive = unpack_sign(*own, layout, grad.dtype, low=0)
             torch.ops.aten.threshold_backward.grad_input(flat[piece], positive, 0, grad_input=out)
         else:
-            levels = _unpack_levels(*own, out.numel(), grad.dtype, table.levels)
-            torch.mul(flat[piece], levels, out=out)
+            steps = _unpack_levels(*own, out.numel(), grad.dtype, levels)
+            torch.mul(flat[piece], steps, out=out)
     return result.view(grad.shape)
+
+
+@torch.library.custom_op("aal::coded_activation", mutates_args=())
+def _coded_activation(x: Tensor, name: str, thresholds: Sequence[float]) -> list[Tensor]:
+    return [Activation(name).forward(x.contiguous()), *_planes(x, thresholds)]
+
+
+@_coded_activation.register_kernel("cuda")
+def _(x: Tensor, name: str, thresholds: Sequence[float]) -> list[Tensor]:
+    from aal.ops.derivative_code_triton import DTYPES, coded_activation_triton
+
+    if x.dtype not in DTYPES:
+        return [Activation(name).forward(x.contiguous()), *_planes(x, thresholds)]
+    return coded_activation_triton(x, name, thresholds)
+
+
+@_coded_activation.register_fake
+def _(x: Tensor, name: str, thresholds: Sequence[float]) -> list[Tensor]:
+    num_planes = 2 if thresholds else 1
+    num_bytes = (x.numel() + 7) // 8
+    return [
+        x.new_empty(x.shape),
+        *(x.new_empty(num_bytes, dtype=torch.uint8) for _ in range(num_planes)),
+    ]
+
+
+@torch.library.custom_op("aal::multiply_by_derivative", mutates_args=())
+def _product_on_cuda(grad: Tensor, planes: Sequence[Tensor], levels: Sequence[float]) -> Tensor:
+    return _product(grad, planes, levels)
+
+
+@_product_on_cuda.register_kernel("cuda")
+def _(grad: Tensor, planes: Sequence[Tensor], levels: Sequence[float]) -> Tensor:
+    from aal.ops.derivative_code_triton import DTYPES, multiply_by_derivative_triton
+
+    if grad.dtype not in DTYPES:
+        return _product(grad, planes, levels)
+    return multiply_by_derivative_triton(grad, planes, levels)
+
+
+@_product_on_cuda.register_fake
+def _(grad: Tensor, planes: Sequence[Tensor], levels: Sequence[float]) -> Tensor:
+    return grad.new_empty(grad.shape)
 
 
 @torch.library.custom_op("aal::unpack_levels", mutates_args=())

@@ -136,6 +136,19 @@ def test_quick_gelu_has_no_table_and_stays_exact():
     torch.testing.assert_close(gradients(model, x), gradients(stock, x))
 
 
+@pytest.mark.parametrize("lean", ["off", "exact", "approx"])
+@pytest.mark.parametrize("act", [nn.ReLU, nn.GELU])
+def test_signs_of_channels_last_are_shared_with_a_convolution(act, lean):
+    layers = nn.Conv2d(3, 4, 3), act(), nn.Conv2d(4, 5, 3, padding=1)
+    model = aal.convert(nn.Sequential(*layers).double(), "asa", include="2", lean=lean)
+    x = torch.randn(2, 3, 9, 7, dtype=torch.double)
+    rows, last = (
+        gradients(model, x.contiguous(memory_format=layout).requires_grad_())
+        for layout in (torch.contiguous_format, torch.channels_last)
+    )
+    torch.testing.assert_close(last, rows)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("tracks", [True, False])
 @pytest.mark.parametrize("in_place", [True, False])

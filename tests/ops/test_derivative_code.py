@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from aal.ops.activation import Activation
 from aal.ops.derivative_code import (
     DERIVATIVES,
     Table,
+    coded_activation,
     encode_derivative,
     multiply_by_derivative,
     table_of,
@@ -203,3 +205,171 @@ def test_levels_obey_the_rules_of_custom_operators(numel, dtype, device):
     planes = encode_derivative(torch.randn(numel, device=device), DERIVATIVES["fitted"]["gelu"])
     levels = list(DERIVATIVES["fitted"]["gelu"].levels)
     torch.library.opcheck(torch.ops.aal.unpack_levels.default, (*planes, numel, dtype, levels))
+
+
+# Kernels
+
+NAMES = ("relu", "gelu", "gelu_tanh", "silu")
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNEL_SIZES = (0, 1, 7, 8, 9, 31, 4095, 4096, 4097, 9001)
+every_name = pytest.mark.parametrize("name", NAMES)
+every_kernel_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+every_kernel_size = pytest.mark.parametrize("numel", KERNEL_SIZES)
+
+
+def thresholds_of(table: Table | None) -> tuple[float, ...]:
+    return table.thresholds if table else ()
+
+
+def run_activation_kernel(x: Tensor, name: str, table: Table | None) -> tuple[Tensor, list[Tensor]]:
+    """The result and the planes."""
+    pytest.importorskip("triton")
+    from aal.ops.derivative_code_triton import coded_activation_triton
+
+    skip_where_kernels_do_not_run(x.device)
+    with np.errstate(all="ignore"):  # the interpreter's warnings about infinities
+        y, *planes = coded_activation_triton(x, name, thresholds_of(table))
+    return y, planes
+
+
+def run_product_kernel(grad: Tensor, planes: tuple[Tensor, ...], table: Table | None) -> Tensor:
+    pytest.importorskip("triton")
+    from aal.ops.derivative_code_triton import multiply_by_derivative_triton
+
+    skip_where_kernels_do_not_run(grad.device)
+    with np.errstate(all="ignore"):
+        return multiply_by_derivative_triton(grad, planes, table.levels if table else ())
+
+
+def skip_where_kernels_do_not_run(device: torch.device) -> None:
+    if device.type == "cpu" and torch.cuda.is_available():
+        pytest.skip("the kernels are compiled here, not interpreted")
+
+
+def cut_off(x: Tensor) -> bool:
+    """Triton's interpreter cuts bfloat16 off where the compiled kernel rounds."""
+    return x.dtype == torch.bfloat16 and not x.is_cuda
+
+
+def awkward(numel: int, dtype: torch.dtype) -> Tensor:
+    """Random values among zeros, infinities, NaN, thresholds and the smallest numbers."""
+    thresholds = [t for table in TABLES.values() for t in table.thresholds]
+    special = [0.0, -0.0, math.nan, math.inf, -math.inf, torch.finfo(dtype).smallest_normal]
+    special = torch.tensor(special + thresholds).to(dtype)
+    chosen = special[torch.randint(len(special), (numel,))]
+    return torch.where(torch.rand(numel) < 0.3, chosen, (3 * torch.randn(numel)).to(dtype))
+
+
+def sides(x: Tensor, table: Table | None) -> list[Tensor]:
+    """The planes by comparison with the thresholds in float32."""
+    x = x.double()
+    low, middle, high = torch.tensor(table.thresholds if table else (0.0, 0.0, 0.0))
+    upper, outer = x > middle, (x < low) | (x > high)
+    return [pack_sign_reference(plane) for plane in ((upper, outer) if table else (upper,))]
+
+
+@every_name
+@every_kernel_dtype
+@every_kernel_size
+def test_activation_kernel_rounds_no_worse_than_torch(numel, dtype, name, device):
+    x = (3 * torch.randn(numel)).to(device, dtype)
+    y, _ = run_activation_kernel(x, name, table_of(Activation(name), "fitted"))
+    eager = Activation(name).forward(x)
+    assert (y.dtype, y.shape) == (eager.dtype, eager.shape)
+    if cut_off(x):
+        torch.testing.assert_close(y, eager, rtol=2**-7, atol=1e-6)
+    elif numel:
+        assert_no_worse(y, eager, Activation(name).forward(x.double()))
+
+
+def test_activation_kernel_of_relu_has_every_bit(device):
+    x = awkward(4097, torch.float32).to(device)
+    y, _ = run_activation_kernel(x, "relu", None)
+    assert_same_bits(y, torch.relu(x))
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu"])
+def test_activation_kernel_at_extreme_values(name, device):
+    x = torch.tensor([0.0, math.inf, 1e38, 100, -100, -1e38, math.nan, 1e-30], device=device)
+    y, _ = run_activation_kernel(x, name, None)
+    expected = torch.tensor([0.0, math.inf, 1e38, 100, 0, 0, math.nan, 5e-31], device=device)
+    torch.testing.assert_close(y, expected, atol=0, rtol=1e-6, equal_nan=True)
+
+
+def test_activation_kernel_of_silu_is_right_far_below_zero(device):
+    """The exponential function of a large number has all its digits."""
+    x = torch.linspace(-80, 0, 9001, device=device)
+    y, _ = run_activation_kernel(x, "silu", None)
+    torch.testing.assert_close(y.double(), F.silu(x.double()), rtol=1e-6, atol=0)
+
+
+@every_table_and_none
+@every_kernel_dtype
+@every_kernel_size
+def test_activation_kernel_tells_the_side_of_every_threshold(numel, dtype, table, device):
+    x = awkward(numel, dtype)
+    _, planes = run_activation_kernel(x.to(device), "relu", table)
+    assert_same_bits([plane.cpu() for plane in planes], sides(x, table))
+
+
+@LOW_PRECISION
+@pytest.mark.parametrize(
+    "table",
+    [TABLES["fitted-gelu"], TABLES["fitted-silu"], None],
+    ids=["gelu", "silu", "relu"],
+)
+def test_planes_of_the_activation_kernel_equal_the_definition(table, dtype, device):
+    x = torch.arange(2**16).to(torch.uint16).view(dtype)
+    if cut_off(x.to(device)):  # subnormal numbers wrongly
+        x = x[~(x.abs() < torch.finfo(dtype).smallest_normal) | (x == 0)]
+    _, planes = run_activation_kernel(x.to(device), "relu", table)
+    assert_same_bits([plane.cpu() for plane in planes], list(encode_derivative(x, table)))
+
+
+@every_table_and_none
+@every_kernel_dtype
+@every_kernel_size
+def test_product_kernel_equals_the_definition(numel, dtype, table, device):
+    planes = encode_derivative(3 * torch.randn(numel), table)
+    grad = awkward(numel, dtype)
+    found = run_product_kernel(grad.to(device), [p.to(device) for p in planes], table).cpu()
+    expected = multiply_by_derivative(grad, planes, table)
+    rtol, atol = (2**-7, 1e-37) if cut_off(grad.to(device)) else (0, 0)
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol, equal_nan=True)
+
+
+@every_table_and_none
+def test_kernels_read_elements_and_not_memory(table, device):
+    x, grad = torch.randn(2, 9, 7, device=device).transpose(1, 2)
+    grad = grad.expand(3, 7, 9)[1]
+    y, planes = run_activation_kernel(x, "relu", table)
+    assert_same_bits(y, torch.relu(x))
+    assert_same_bits(planes, sides(x.contiguous().view(-1), table))
+    apart = [plane.repeat_interleave(2)[::2] for plane in planes]
+    expected = multiply_by_derivative(grad.cpu(), [p.cpu() for p in planes], table)
+    assert_same_bits(run_product_kernel(grad, apart, table).cpu(), expected)
+
+
+@every_name
+@pytest.mark.parametrize("dtype", [torch.float64, *KERNEL_DTYPES], ids=str)
+def test_coded_activation_is_the_function_and_the_planes(name, dtype, device):
+    activation, x = Activation(name), (3 * torch.randn(5, 9)).to(device, dtype)
+    table = table_of(activation, "fitted")
+    y, planes = coded_activation(x, activation, table)
+    assert_same_bits(planes, encode_derivative(x, table))
+    if x.is_cuda and dtype != torch.float64:
+        assert_no_worse(y, activation.forward(x), activation.forward(x.double()))
+    else:
+        assert_same_bits(y, activation.forward(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("numel", [0, 1, 9])
+@pytest.mark.parametrize("name", ["relu", "silu"])
+def test_kernels_obey_the_rules_of_custom_operators(name, numel, dtype, device):
+    x, table = torch.randn(numel, device=device).to(dtype), table_of(Activation(name), "fitted")
+    arguments = (x, name, list(thresholds_of(table)))
+    torch.library.opcheck(torch.ops.aal.coded_activation.default, arguments)
+    planes, levels = list(encode_derivative(x, table)), list(table.levels if table else ())
+    arguments = (x, planes, levels)
+    torch.library.opcheck(torch.ops.aal.multiply_by_derivative.default, arguments)
