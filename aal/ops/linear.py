@@ -21,7 +21,10 @@ def linear_backward(
     rows = as_rows(grad_output)
     grad_input = grad_weight = grad_bias = None
     if needs[0]:
-        grad_input = (rows @ weight.to(rows.dtype)).view(x.shape)
+        own = weight.to(rows.dtype)
+        # PyTorch gives the gradient the memory order of the input, and sums in another order then.
+        grad_rows = (own.T @ rows.T).T if _is_column_major(as_rows(x)) else rows @ own
+        grad_input = grad_rows.reshape(x.shape)
     if needs[1]:
         grad_weight = rows.T @ as_rows(x).to(rows.dtype)
     if needs[2]:
@@ -32,3 +35,7 @@ def linear_backward(
 def as_rows(x: Tensor) -> Tensor:
     """(..., C) -> (rows, C)."""
     return x.reshape(-1, x.shape[-1])
+
+
+def _is_column_major(x: Tensor) -> bool:
+    return x.stride() == (1, len(x)) and x.shape[1] > 1

@@ -154,7 +154,8 @@ class _SignOperation(NamedTuple):
         return *self.replay(x, parameters, ()), ()
 
     def replay(self, x: Tensor, parameters: Tensors, kept: Tensors) -> tuple[Tensor, Tensors]:
-        return self.sign.linear(cast_input(x, parameters[0]), *parameters), kept
+        x = cast_input(x, parameters[0]).contiguous()  # as without a chain, so that it rounds alike
+        return self.sign.linear(x, *parameters), kept
 
     def backward(self, grad, x, parameters, kept, needs) -> tuple[Tensor | None, Tensors]:
         weight, rows, scale = parameters[0], as_rows(x).to(grad.dtype), None
