@@ -158,7 +158,7 @@ class _SignOperation(NamedTuple):
         return self.sign.linear(x, *parameters), kept
 
     def backward(self, grad, x, parameters, kept, needs) -> tuple[Tensor | None, Tensors]:
-        weight, rows, scale = parameters[0], as_rows(x).to(grad.dtype), None
+        weight, rows, scale = parameters[0], as_rows(x.contiguous()).to(grad.dtype), None
         if self.sign.mean and needs[1]:
             scale = sign_scale(rows, self.sign.low, self.sign.epsilon)
         grad_x, *grads = self.sign.linear_backward(grad, x.shape, rows, scale, weight, needs)
