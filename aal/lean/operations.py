@@ -1,5 +1,7 @@
 """The operations that a replayed chain is made of, as ``aal.ops.operation`` wants them."""
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +16,7 @@ from aal.ops.batch_norm import (
     Statistics,
     batch_norm,
     batch_norm_backward,
+    batch_norm_relu_replay,
     batch_norm_replay,
 )
 from aal.ops.convolution import Geometry, convolve, convolve_backward, geometry
@@ -73,6 +76,16 @@ def operation_of(layer: nn.Module, x: Tensor, owns_input: bool) -> tuple[Operati
     )
 
 
+def merge_replays(operations: Sequence[Operation]) -> tuple[Operation, ...]:
+    """The operations of a chain, where a batch norm replays the ReLU behind it, too."""
+    merged = list(operations)
+    for i, (norm, relu) in enumerate(itertools.pairwise(operations)):
+        is_relu = isinstance(relu, _Activation) and relu.activation.name == "relu"
+        if isinstance(norm, _BatchNorm) and is_relu:
+            merged[i : i + 2] = norm._replace(with_relu=True), relu._replace(is_merged=True)
+    return tuple(merged)
+
+
 class ConvolutionOperation(NamedTuple):
     """Parameters: weight and bias."""
 
@@ -98,6 +111,7 @@ class _BatchNorm(NamedTuple):
     training: bool
     momentum: float
     eps: float
+    with_relu: bool = False  # in a replay
 
     def forward(self, x: Tensor, parameters: Tensors) -> tuple[Tensor, Tensors, Tensors]:
         own = Parameters(*parameters)
@@ -105,8 +119,8 @@ class _BatchNorm(NamedTuple):
         return y, tuple(statistics), updates
 
     def replay(self, x: Tensor, parameters: Tensors, kept: Tensors) -> tuple[Tensor, Tensors]:
-        own, statistics = Parameters(*parameters), Statistics(*kept)
-        return batch_norm_replay(x, own, self.training, self.eps, statistics), kept
+        again = batch_norm_relu_replay if self.with_relu else batch_norm_replay
+        return again(x, Parameters(*parameters), self.training, self.eps, Statistics(*kept)), kept
 
     def backward(self, grad, x, parameters, kept, needs) -> tuple[Tensor | None, Tensors]:
         own, statistics = Parameters(*parameters), Statistics(*kept)
@@ -171,14 +185,15 @@ class _Activation(NamedTuple):
 
     activation: Activation
     in_place: bool
+    is_merged: bool = False  # with the replay before, whose result is this one's
 
     def forward(self, x: Tensor, parameters: Tensors) -> tuple[Tensor, Tensors, Tensors]:
-        return *self.replay(x, parameters, ()), ()
+        if self.in_place and self.activation.name == "relu":
+            return x.relu_(), (), ()
+        return self.activation.forward(x), (), ()
 
     def replay(self, x: Tensor, parameters: Tensors, kept: Tensors) -> tuple[Tensor, Tensors]:
-        if self.in_place and self.activation.name == "relu":
-            return x.relu_(), kept
-        return self.activation.forward(x), kept
+        return x if self.is_merged else self.forward(x, parameters)[0], kept
 
     def backward(self, grad, x, parameters, kept, needs) -> tuple[Tensor | None, Tensors]:
         return self.activation.backward(grad, x), ()

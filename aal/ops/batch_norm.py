@@ -1,8 +1,9 @@
 """Batch normalisation as plain tensor functions: forward, replay and backward.
 
 They call the kernels that ``F.batch_norm`` calls (cuDNN's where PyTorch would choose it), so the
-results are bit-identical to it on the same device. In training nothing here touches the running
-statistics: the forward pass returns the new ones.
+results are bit-identical to it on the same device, but for a replay together with ReLU in half
+precision on CUDA. In training nothing here touches the running statistics: the forward pass returns
+the new ones.
 """
 
 from typing import NamedTuple
@@ -12,6 +13,9 @@ from torch import Tensor
 
 # For aten's functions: gradients of input, weight and bias.
 Needs = tuple[bool, bool, bool]
+
+# Where a replay may round as it likes. In float32 it repeats every bit.
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 
 
 class Parameters(NamedTuple):
@@ -74,6 +78,53 @@ def batch_norm_replay(
     mean, bias = mean.to(precision), parameters.bias.to(precision)
     known = Parameters(scale, bias, mean, torch.ones_like(mean))
     return _evaluate(x, known, 0.0)
+
+
+def batch_norm_relu_replay(
+    x: Tensor, parameters: Parameters, training: bool, eps: float, statistics: Statistics
+) -> Tensor:
+    """ReLU of the result of ``batch_norm`` once more.
+
+    In half precision on CUDA it is one Triton kernel (``batch_norm_triton``), which is given the
+    statistics where PyTorch's would find them again, and rounds in its own way; elsewhere every bit
+    is repeated.
+    """
+    if not (x.is_cuda and x.dtype in _KERNEL_DTYPES):
+        return batch_norm_replay(x, parameters, training, eps, statistics).relu_()
+    mean, rstd, _ = statistics
+    if not training:
+        mean, rstd = parameters.running_mean, (parameters.running_var.float() + eps).rsqrt()
+    return _normalise_relu(_dense(x), *parameters[:2], mean, rstd)
+
+
+def normalise_relu_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
+) -> Tensor:
+    """``relu((x - mean) * rstd * weight + bias)`` for x (N, C, ...) and (C,), in float32 at least.
+
+    Definition of the kernel.
+    """
+    precision = torch.promote_types(x.dtype, torch.float32)
+    shape = (1, -1, *(1,) * (x.dim() - 2))
+    weight, bias, mean, rstd = (t.to(precision).view(shape) for t in (weight, bias, mean, rstd))
+    return ((x - mean) * (rstd * weight) + bias).relu_().to(x.dtype)
+
+
+@torch.library.custom_op("aal::normalise_relu", mutates_args=())
+def _normalise_relu(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    return normalise_relu_reference(x, weight, bias, mean, rstd)
+
+
+@_normalise_relu.register_kernel("cuda")
+def _(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    from aal.ops.batch_norm_triton import normalise_relu_triton
+
+    return normalise_relu_triton(x, weight, bias, mean, rstd)
+
+
+@_normalise_relu.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    return torch.empty_like(_dense(x))
 
 
 def batch_norm_backward(

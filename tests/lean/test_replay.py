@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 from helpers import (
+    LOW_PRECISION,
     assert_compiles,
+    assert_no_worse,
     assert_same_bits,
     compiling,
     cotangent_of,
@@ -114,6 +116,19 @@ def test_channels_last_stays_channels_last():
     y, found, _ = train(layers, torch.randn(SHAPE).to(memory_format=torch.channels_last))
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert found["input"].is_contiguous(memory_format=torch.channels_last)
+
+
+@LOW_PRECISION
+@both_modes
+@pytest.mark.parametrize("chain", ["bn-relu", "bn-relu-conv", "conv-bn-relu-pool"])
+def test_half_precision_rounds_no_worse_than_eager(chain, training, dtype, device):
+    layers = stock(chain, training).to(device, dtype)
+    x = torch.randn(SHAPE, device=device).to(dtype)
+    _, exact, _ = train(copy.deepcopy(layers).double(), x.double())
+    _, ours, _ = train(lean_copy(layers), x)
+    _, eager, _ = train(layers, x)
+    for name, grad in ours.items():
+        assert_no_worse(grad, eager[name], exact[name])
 
 
 # Without parameters and statistics PyTorch normalises in bfloat16, a chain in float32.

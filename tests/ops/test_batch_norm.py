@@ -5,10 +5,17 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same_bits
+from helpers import assert_no_worse, assert_same_bits
 from torch import Tensor
 
-from aal.ops.batch_norm import Parameters, batch_norm, batch_norm_backward, batch_norm_replay
+from aal.ops.batch_norm import (
+    Parameters,
+    batch_norm,
+    batch_norm_backward,
+    batch_norm_relu_replay,
+    batch_norm_replay,
+    normalise_relu_reference,
+)
 
 EPS = 1e-5
 
@@ -92,6 +99,20 @@ def test_replay_repeats_every_bit(case, training, device):
     assert_same_bits(batch_norm_replay(x, parameters, training, EPS, statistics), y)
 
 
+@both_modes
+@every_case
+def test_replay_with_relu_repeats_every_bit_but_in_half_precision_on_cuda(case, training, device):
+    x, parameters = case.tensors(device)
+    y, statistics, _ = batch_norm(x, parameters, training, 0.3, EPS)
+    found = batch_norm_relu_replay(x, parameters, training, EPS, statistics)
+    assert found.stride() == y.stride()
+    if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
+        exact = Parameters(*(tensor.double() for tensor in parameters))
+        assert_no_worse(found, y.relu(), stock(x.double(), exact, training).relu())
+    else:
+        assert_same_bits(found, y.relu())
+
+
 def test_replay_does_without_running_statistics_in_training():
     x, parameters = Case().tensors("cpu")
     y, statistics, _ = batch_norm(x, parameters, True, 0.3, EPS)
@@ -133,3 +154,75 @@ def test_one_value_per_channel_cannot_be_normalised_in_training():
     parameters = Parameters(*(torch.ones(8) for _ in range(4)))
     with pytest.raises(ValueError, match="more than one value per channel"):
         batch_norm(torch.randn(1, 8, 1, 1), parameters, True, 0.1, EPS)
+
+
+# The kernel
+
+SHAPES = [
+    (3, 5, 7, 9),
+    (2, 40, 8, 8),  # rows of whole vectors
+    (2, 3, 30, 31),  # several tiles
+    (1, 700, 2, 2),
+    (4, 600, 1, 1),
+    (6, 5),
+    (2, 3, 4, 3, 2),
+    (0, 3, 2, 2),
+]
+
+
+def kernel_tensors(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, ...]:
+    """Input, weight, bias, mean and 1 / standard deviation."""
+    x = torch.randn(shape).to(device, dtype)
+    return x, *torch.randn(4, shape[1]).to(device)
+
+
+def run_kernel(x: Tensor, *parameters: Tensor) -> Tensor:
+    pytest.importorskip("triton")
+    from aal.ops.batch_norm_triton import normalise_relu_triton
+
+    if not x.is_cuda and torch.cuda.is_available():
+        pytest.skip("the kernels are compiled here, not interpreted")
+    return normalise_relu_triton(x, *parameters)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (3, 5, 7, 9)], ids=str)
+def test_definition_of_the_kernel(shape):
+    x, *parameters = (t.double() for t in kernel_tensors(shape, torch.float32, "cpu"))
+    weight, bias, mean, rstd = (t.view(-1, *[1] * (len(shape) - 2)) for t in parameters)
+    expected = torch.relu((x - mean) * rstd * weight + bias)
+    torch.testing.assert_close(normalise_relu_reference(x, *parameters), expected)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernel_rounds_no_worse_than_its_definition(shape, dtype, layout, device):
+    x, *parameters = kernel_tensors(shape, dtype, device)
+    if layout == torch.channels_last and x.dim() != 4:
+        pytest.skip("a layout of images")
+    x = x.contiguous(memory_format=layout)
+    y, expected = run_kernel(x, *parameters), normalise_relu_reference(x, *parameters)
+    assert y.is_contiguous(memory_format=layout) and y.dtype == dtype
+    if dtype == torch.bfloat16 and not x.is_cuda:  # the interpreter cuts off instead of rounding
+        torch.testing.assert_close(y, expected, rtol=2**-7, atol=0)
+    elif x.numel():
+        exact = normalise_relu_reference(x.double(), *(t.double() for t in parameters))
+        assert_no_worse(y, expected, exact)
+
+
+def test_kernel_takes_other_strides_and_hands_nan_on(device):
+    x, *parameters = kernel_tensors((3, 5, 7, 9), torch.float32, device)
+    x[0, 1, 2, 3] = float("nan")
+    apart = [tensor.repeat_interleave(2)[::2] for tensor in parameters]
+    y = run_kernel(x.transpose(2, 3), *apart)
+    torch.testing.assert_close(
+        y, normalise_relu_reference(x, *parameters).transpose(2, 3), equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7, 9), (0, 3, 2, 2)], ids=str)
+def test_kernel_obeys_the_rules_of_custom_operators(shape, device):
+    tensors = kernel_tensors(shape, torch.bfloat16, device)
+    torch.library.opcheck(torch.ops.aal.normalise_relu.default, tensors)
