@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test bench-cpu clean
+.PHONY: setup demo test bench-cpu bench-gpu clean
 
 demo: setup
 	$(BIN)/python benchmarks/demo.py
@@ -26,9 +26,17 @@ bench-cpu: setup
 	$(BIN)/python benchmarks/conversion_memory.py
 	$(BIN)/python benchmarks/conversion_speed.py
 	$(BIN)/python benchmarks/pair_accuracy.py
+	$(BIN)/python benchmarks/speed.py --device cpu --minutes 5
 	$(BIN)/python benchmarks/translation_memory.py
 	$(BIN)/python benchmarks/translation_speed.py
 	$(BIN)/python benchmarks/translation_accuracy.py
+
+# Nine minutes on one GPU. Segments that grow leave no holes between the tensors of many settings.
+bench-gpu: export PYTORCH_ALLOC_CONF = expandable_segments:True
+bench-gpu: setup
+	$(BIN)/python benchmarks/bandwidth.py
+	$(BIN)/python benchmarks/speed.py --device cuda --minutes 5.5
+	$(BIN)/python benchmarks/memory.py --minutes 2
 
 # Installed anew only when the requirements have changed.
 setup:

@@ -1,0 +1,91 @@
+"""Bytes of a step, and the search for the largest batch."""
+
+import pytest
+import torch
+from memory import (
+    FRACTION,
+    affordable,
+    bytes_of_graph,
+    largest_batch,
+    peak_mib,
+    points_of,
+    saved_mib,
+)
+from settings import PLAIN, Step, alternative, vision_transformer
+from torch import nn
+
+from aal.memory import MIB, saved_bytes
+
+
+def vit_step(kind: str = "cpu") -> Step:
+    """The plain step of a tiny ViT."""
+    sizes = {"image_size": 8, "width": 64, "depth": 2, "heads": 2, "mlp_width": 128}
+    network = vision_transformer("vit", batch=2, dtype=torch.float32, **sizes)
+    batch = network.random_batch(2, torch.device(kind))
+    return alternative(PLAIN).make(network, *batch)
+
+
+def test_saved_mib_on_cpu_are_those_that_autograd_holds():
+    step = vit_step()
+    assert saved_mib(step) == saved_bytes(step.loss, step.images, step.labels) / MIB > 0
+
+
+def test_nodes_of_a_graph_keep_what_autograd_holds():
+    step = vit_step()
+    loss = step.loss(step.images, step.labels)
+    found = bytes_of_graph(loss, (*step.model.parameters(), step.images, step.labels))
+    assert found == saved_bytes(step.loss, step.images, step.labels)
+
+
+def test_compiled_steps_are_counted_by_their_graph():
+    step = vit_step()
+    expected = saved_mib(step)
+    step.model.compile(backend="aot_eager")
+    step.is_compiled = True
+    assert 0.5 * expected < saved_mib(step) < 1.5 * expected
+    torch.compiler.reset()
+
+
+def test_a_storage_counts_once_and_parameters_do_not():
+    weight = nn.Parameter(torch.randn(3, 3))
+    x = torch.randn(5, 3)
+    y = torch.mm(x, weight).exp() + torch.mm(x, weight.t()).exp()
+    assert bytes_of_graph(y.sum(), (weight,)) == 4 * 3 * x.numel()  # x, and two results of exp
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_peak_covers_what_is_saved():
+    step = vit_step("cuda")
+    step()
+    saved = saved_mib(step)
+    expected = saved_bytes(step.loss, step.images, step.labels) / MIB
+    assert expected <= saved <= 1.2 * expected + 0.1  # storages are rounded up
+    assert saved <= peak_mib(step)
+    assert all(parameter.grad is None for parameter in step.model.parameters())
+
+
+@pytest.mark.parametrize("limit", [1, 2, 31, 700, 1000, 1001, 5000])
+@pytest.mark.parametrize("guess", [1, 900, 1100])
+def test_largest_batch_is_found_to_one_part_in_a_few(limit, guess):
+    found = largest_batch(lambda batch: batch <= limit, guess)
+    assert found <= limit < found + max(found // FRACTION, 1) + limit // FRACTION
+
+
+def test_no_batch_fits():
+    assert largest_batch(lambda batch: False, 40) == 0
+
+
+def test_affordable_batch_lies_on_the_line_through_two_peaks():
+    assert affordable((64, 128), (100 + 3 * 64, 100 + 3 * 128), 100 + 3 * 1000) == 1000
+
+
+def test_settings_are_compared_at_batches_that_both_can_train():
+    assert points_of({"plain": 10, "ours": 50, "checkpoint": 60}) == [
+        ("plain", 10),
+        ("ours", 10),
+        ("ours", 50),
+        ("checkpoint", 10),
+        ("checkpoint", 50),
+        ("checkpoint", 60),
+    ]
