@@ -9,6 +9,7 @@ from torch import nn
 
 from aal.conversion import attention, gated, linear, pointwise
 from aal.conversion.blocks import Block, residual_blocks
+from aal.conversion.callers import caller_change
 from aal.conversion.eligible import (
     is_wrapped,
     layer_type,
@@ -25,12 +26,10 @@ from aal.conversion.placement import (
     levels_by_structure,
     matches,
 )
-from aal.conversion.swap import Converted, original_class, restore, swap
+from aal.conversion.swap import Change, Converted, original_class, restore, swap
 from aal.lean.pool import window_of
 
 LEFT_ALONE = "_aal_left_alone"  # attribute of a converted model: reasons by name
-
-Change = tuple[type[Converted], dict[str, Any]]  # a kind and its settings
 
 _KINDS: dict[str, dict[str, type[Converted]]] = {
     "bp": {
@@ -231,16 +230,10 @@ class Plan:
 
     def _caller_change(self, name: str, module: nn.Module) -> Change | None:
         """What becomes of a module that uses weights of layers without calling them."""
-        original, prefix = original_class(module), f"{name}." if name else ""
-        if original in (nn.TransformerEncoder, nn.TransformerEncoderLayer):
-            is_changed = any(other.startswith(prefix) for other in self.wanted)
-            return (attention.SlowEncoder, {}) if is_changed else None
-        called = [child for child, _ in module.named_children() if prefix + child in self.ruled]
-        if called and layer_type(module) == "attention":
-            return attention.ReadingAttention, {}
-        if called and original.__name__.startswith("ShiftedWindowAttention"):
-            return attention.LayerCallingAttention, {"called": tuple(called)}
-        return None
+        prefix = f"{name}." if name else ""
+        ruled = [child for child, _ in module.named_children() if prefix + child in self.ruled]
+        holds_changes = any(other.startswith(prefix) for other in self.wanted)
+        return caller_change(module, ruled, holds_changes)
 
     def carry_out(self) -> None:
         """Change the model."""

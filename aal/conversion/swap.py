@@ -29,6 +29,9 @@ class Converted:
         return _empty, (self.kind, self.original), *state
 
 
+Change = tuple[type[Converted], dict[str, Any]]  # a kind and its settings
+
+
 def swap(module: nn.Module, kind: type[Converted], **settings: Any) -> None:
     """Give a module a kind's forward pass.
 

@@ -253,6 +253,17 @@ def _timm() -> dict[str, Family]:
             image,
             levels([*numbered("layers.0.blocks.{}."), "layers.1.blocks.0."], *_TIMM),
         ),
+        "timm-swin2": Family(
+            lambda: create("swinv2_tiny_window8_256", act_layer=nn.GELU, **swin),
+            image,
+            levels([*numbered("layers.0.blocks.{}."), "layers.1.blocks.0."], *_TIMM),
+        ),
+        "timm-beit": Family(
+            lambda: create("beit_base_patch16_224", **vit), image, levels(blocks, *_TIMM)
+        ),
+        "timm-eva": Family(
+            lambda: create("eva_large_patch14_196", **vit), image, levels(blocks, *_TIMM)
+        ),
         "timm-mixer": Family(
             lambda: timm.models.MlpMixer(**mixer, proj_drop_rate=0.1),
             image,
