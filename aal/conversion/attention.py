@@ -35,17 +35,17 @@ class ReadingAttention(Converted):
         """As ``nn.MultiheadAttention``; there are no nested tensors."""
         if is_causal and attn_mask is None:
             raise RuntimeError("is_causal=True is a hint about attn_mask, which is missing")
-        batch_dim = 0 if self.batch_first else 1
         inputs = (query, key, value)
         if is_single := query.dim() == 2:
-            inputs, key_padding_mask = _unsqueezed(inputs, batch_dim), _first(key_padding_mask)
-        if self.batch_first:  # PyTorch's order of rows, so that sums round alike
+            inputs = [x.unsqueeze(1) for x in inputs]  # PyTorch projects them one by one then
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        elif self.batch_first:  # PyTorch's order of rows, so that sums round alike
             inputs = _each(inputs, lambda x: x.transpose(0, 1))
         q, k, v = self._project(*inputs)
+        sizes = q.shape[1], self.num_heads, len(q), len(k)
+        mask = _merged_mask(attn_mask, key_padding_mask, sizes, q.dtype)
         is_causal = is_causal and key_padding_mask is None and not need_weights
-        mask = None
-        if not is_causal:
-            mask = _merged_mask(attn_mask, key_padding_mask, self.num_heads, q.dtype)
+        mask = None if is_causal else mask
         q, k, v = (self._heads(x) for x in (q, k, v))  # (B, heads, T or S, D)
         dropout = self.dropout if self.training else 0.0
         weights = None
@@ -57,12 +57,11 @@ class ReadingAttention(Converted):
         else:
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
         y = self._project_out(y)
-        y = y.transpose(0, 1) if self.batch_first else y
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         if is_single:
-            y, weights = y.squeeze(batch_dim), None if weights is None else weights.squeeze(0)
-        return y, weights
+            return y.squeeze(1), None if weights is None else weights.squeeze(0)
+        return y.transpose(0, 1) if self.batch_first else y, weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:
         """(T, B, C), (S, B, C) twice -> the same shapes. What reads one input is one product."""
@@ -74,7 +73,11 @@ class ReadingAttention(Converted):
             while last < 3 and inputs[last] is inputs[first]:
                 last += 1
             y = self._apply_in(inputs[first], slice(first * width, last * width))
-            parts += y.split(width, -1) if last - first > 1 else [y]
+            if last - first > 1:  # one copy for all, as PyTorch makes it
+                y = y.unflatten(-1, (last - first, width)).unsqueeze(0).transpose(0, -2)
+                parts += y.squeeze(-2).contiguous()
+            else:
+                parts.append(y)
         return parts
 
     def _apply_in(self, x: Tensor, rows: slice) -> Tensor:
@@ -179,24 +182,38 @@ def _each(inputs: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -> lis
     return results
 
 
-def _unsqueezed(inputs: Sequence[Tensor], dim: int) -> list[Tensor]:
-    return _each(inputs, lambda x: x.unsqueeze(dim))
-
-
-def _first(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.unsqueeze(0)
-
-
 def _merged_mask(
-    mask: Tensor | None, padding: Tensor | None, heads: int, dtype: torch.dtype
+    mask: Tensor | None,
+    padding: Tensor | None,
+    sizes: tuple[int, int, int, int],
+    dtype: torch.dtype,
 ) -> Tensor | None:
-    """Sum of a mask (T, S) or (B * heads, T, S) and one of padding (B, S), where True hides."""
+    """Sum of a mask (T, S) or (B * heads, T, S) and one of padding (B, S), where True hides.
+
+    Args:
+        sizes: B, heads, T and S.
+
+    Raises:
+        RuntimeError: a mask of another shape, or one of integers.
+    """
+    batch, heads, length, source = sizes
     parts = []
     if mask is not None:
-        parts.append(mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (-1, heads)))
+        shapes = ((length, source), (batch * heads, length, source))
+        _check_mask("attn_mask", mask, shapes)
+        parts.append(mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (batch, heads)))
     if padding is not None:
+        _check_mask("key_padding_mask", padding, ((batch, source),))
         parts.append(padding[:, None, None])
     return sum(_additive(part, dtype) for part in parts) if parts else None
+
+
+def _check_mask(name: str, mask: Tensor, shapes: Sequence[tuple[int, ...]]) -> None:
+    if mask.shape not in shapes:
+        wanted = " or ".join(map(str, shapes))
+        raise RuntimeError(f"{name} must have shape {wanted}, got {tuple(mask.shape)}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise RuntimeError(f"{name} must hold booleans or floating-point numbers, not {mask.dtype}")
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

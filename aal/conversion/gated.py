@@ -47,7 +47,7 @@ class GatedFeedForward(Converted):
             None if part is None else getattr(self, part) for part in parts_of(self)
         )
         gated, passed = gate(x), up(x)
-        if is_noted(gated, passed):
+        if is_noted(gated, passed) and _is_plain(act):
             product = _Product(twin_of(act)[0])
             h = RecomputedFunction.apply(product, gated, passed)
             write_note(h, Note(gated, (Step(product, (passed,)),)))
@@ -57,6 +57,12 @@ class GatedFeedForward(Converted):
             h = dropout(h)
             h = h.to(down.weight.dtype) if down.weight.is_floating_point() else h
         return down(h)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Would calling it do nothing but its forward pass?"""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" not in vars(module) and not any(vars(module)[name] for name in hooks)
 
 
 def is_gate(name: str, modules: Mapping[str, nn.Module]) -> bool:
@@ -71,7 +77,10 @@ def parts_of(module: nn.Module) -> tuple[str | None, ...] | None:
 
     An activation function with parameters is none of the published ones.
     """
-    parts = _PARTS.get(original_class(module).__name__)
+    original = original_class(module)
+    if not original.__module__.startswith("transformers."):  # a namesake
+        return None
+    parts = _PARTS.get(original.__name__)
     if parts is None or not isinstance(act := getattr(module, parts[2], None), nn.Module):
         return None
     return None if list(act.parameters()) else parts

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from aal.ops.autocast import autocast_again, autocast_dtype
+from aal.ops.linear import owned
 from aal.ops.operation import Operation, Tensors
 from aal.ops.sign_pack import SignCode, layout_in_rows
 
@@ -73,7 +74,8 @@ def note_of(x: Tensor) -> Note:
         return _NOTHING
     steps, code = (), None
     if note.base is not None:
-        view = _View(tuple(x.shape), x.stride(), x.storage_offset() - whole.storage_offset())
+        offset = x.storage_offset() - whole.storage_offset()
+        view = _View(whole.stride(), tuple(x.shape), x.stride(), offset)
         steps = (*note.steps, Step(view))
     if note.code is not None and x.is_contiguous() and whole.is_contiguous():
         if x.numel() == whole.numel() and note.code.layout == layout_in_rows(whole.shape):
@@ -113,13 +115,16 @@ def aux_of(x: Tensor) -> Tensor | None:
 
 
 class _View(NamedTuple):
-    """A view of a tensor whose memory is laid out as that of the original was."""
+    """A view of a tensor, by places in its memory."""
 
+    whole: tuple[int, ...]  # strides of the tensor
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.stride() != self.whole:  # hooks returned its base in another memory order
+            x = torch.empty_strided(x.shape, self.whole, dtype=x.dtype, device=x.device).copy_(x)
         return x.as_strided(self.shape, self.stride, x.storage_offset() + self.offset)
 
 
@@ -142,8 +147,9 @@ class ReadFunction(torch.autograd.Function):
         y, kept, _ = reading.operation.forward(x, parameters)
         ctx.reading, ctx.num_kept = reading, len(kept)
         ctx.autocast = autocast_dtype(x.device)
-        ctx.save_for_backward(*tensors, *kept)
-        return y
+        # Of the layer's own tensors backward reads the weight alone, which is the first.
+        ctx.save_for_backward(tensors[0], *tensors[reading.num_parameters :], *kept)
+        return owned(y)
 
     @staticmethod
     @once_differentiable
@@ -151,8 +157,8 @@ class ReadFunction(torch.autograd.Function):
         reading: _Reading = ctx.reading
         saved = ctx.saved_tensors  # read once: checkpoints allow no more
         kept = saved[len(saved) - ctx.num_kept :]
-        parameters = saved[: reading.num_parameters]
-        first, *rest = saved[reading.num_parameters : len(saved) - ctx.num_kept]
+        parameters = saved[0], *(None,) * (reading.num_parameters - 1)
+        first, *rest = saved[1 : len(saved) - ctx.num_kept]
         with autocast_again(grad.device, ctx.autocast):
             x = first
             iterator = iter(rest)

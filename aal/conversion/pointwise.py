@@ -4,6 +4,7 @@ Each writes on its output how that can be computed again from what is kept anywa
 """
 
 import functools
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,12 @@ def is_noted(*tensors: Tensor | None) -> bool:
     return _is_recorded(*tensors) and not torch.compiler.is_compiling()
 
 
+def _is_noted_by(module: nn.Module, x: Tensor) -> bool:
+    """May a module write a note? The parameters of a replica of ``nn.DataParallel`` are none."""
+    is_replica = getattr(module, "_is_replica", False)
+    return is_noted(x, *module._parameters.values()) and not is_replica
+
+
 def _is_recorded(*tensors: Tensor | None) -> bool:
     wanted = any(tensor is not None and tensor.requires_grad for tensor in tensors)
     return torch.is_grad_enabled() and wanted
@@ -61,7 +68,7 @@ class RepeatedModule(Converted):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.original.forward(self, x)
-        if y is not x and is_noted(x, *self._parameters.values()):
+        if y is not x and _is_noted_by(self, x):
             function, parameters = twin_of(self)
             write_note(y, Note(x, (Step(function, parameters),)))
         return y
@@ -71,7 +78,8 @@ class RecomputedFunction(torch.autograd.Function):
     """A module that keeps its input alone, and is run again in backward.
 
     Forward     y = module(x)
-    Backward    runs the module again under autograd: all gradients are the module's, bit for bit
+    Backward    runs the module again under autograd: all gradients are the module's, up to the
+                order in which what comes from several places is summed
 
     Shapes      as the module
     Saves       x and the parameters by reference. Norms and activation functions that are written
@@ -106,7 +114,7 @@ class RecomputedModule(Converted):
     """A norm or activation function of several operations; see ``RecomputedFunction``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not is_noted(x, *self._parameters.values()):
+        if not _is_noted_by(self, x):
             return self.original.forward(self, x)
         function, parameters = twin_of(self)
         y = RecomputedFunction.apply(function, x, *parameters)
@@ -119,7 +127,7 @@ class RepeatedBatchNorm(Converted):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.original.forward(self, x)
-        if is_noted(x, self.weight, self.bias):
+        if _is_noted_by(self, x):
             by_batch = self.training or self.running_mean is None
             running = (None, None) if by_batch else (self.running_mean, self.running_var)
             again = functools.partial(_batch_norm, training=by_batch, eps=self.eps)
@@ -151,6 +159,8 @@ class CodedModule(Converted):
         _, is_composite = function_of(self)
         own = _Own(self.function, self) if is_composite else Activation(self.function)
         y, code = function_coded(x, own, table_of(own, self.derivative))
+        if getattr(self, "inplace", False):
+            y = x.copy_(y)  # whoever holds x has y now
         steps = ()
         if note.base is not None:
             steps = (*note.steps, Step(*twin_of(self)))
@@ -179,6 +189,8 @@ class PackedDropout(Converted):
             return self.original.forward(self, x)
         note = note_of(x)
         y, packed = dropout_packed(x, self.p)
+        if self.inplace:
+            y = x.copy_(y)  # whoever holds x has y now
         base, steps, code = None, (), None
         if note.base is not None:
             again = functools.partial(_dropout_again, probability=self.p)
@@ -227,6 +239,8 @@ def function_of(module: nn.Module) -> tuple[str | None, bool] | None:
     if original in (nn.ReLU, nn.SiLU):
         return original.__name__.lower(), False
     name = original.__name__
+    if not _is_of(original, "transformers"):
+        return None
     if name in _REPEATED_ACTIVATIONS:
         return _REPEATED_ACTIVATIONS[name], False
     if name in ("GELUActivation", "GELUTanh", "PytorchGELUTanh"):
@@ -241,11 +255,23 @@ def function_of(module: nn.Module) -> tuple[str | None, bool] | None:
 def is_layer_norm(module: nn.Module) -> bool:
     """Is it a layer norm of PyTorch's or timm's, which is one operation?"""
     original = original_class(module)
-    return original.__name__ == "LayerNorm" and issubclass(original, nn.LayerNorm)
+    is_timm = original.__name__ == "LayerNorm" and _is_of(original, "timm")
+    return original is nn.LayerNorm or (is_timm and issubclass(original, nn.LayerNorm))
 
 
 def is_recomputed_norm(module: nn.Module) -> bool:
-    """Is it a norm of several operations, a function of its input and weight?"""
-    return original_class(module).__name__.endswith(_RECOMPUTED_NORMS) and not (
-        set(module._parameters) - {"weight"} or module._buffers or module._modules
+    """Is it a published norm of several operations, a function of its input and weight alone?"""
+    original = original_class(module)
+    return (
+        original.__name__.endswith(_RECOMPUTED_NORMS)
+        and _is_of(original, "torch", "transformers", "timm")
+        and len(inspect.signature(original.forward).parameters) == 2  # self, and the input
+        and set(module._parameters) <= {"weight"}
+        and not (module._buffers or module._modules)
+        and not any(isinstance(value, Tensor) for value in vars(module).values())
     )
+
+
+def _is_of(original: type[nn.Module], *libraries: str) -> bool:
+    """Is a class of one of some libraries, and no namesake?"""
+    return original.__module__.partition(".")[0] in libraries

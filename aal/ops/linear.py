@@ -1,5 +1,6 @@
 """Linear layer and its gradients as plain tensor functions, rounded as ``F.linear``'s are."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -35,6 +36,11 @@ def linear_backward(
 def as_rows(x: Tensor) -> Tensor:
     """(..., C) -> (rows, C)."""
     return x.reshape(-1, x.shape[-1])
+
+
+def owned(y: Tensor) -> Tensor:
+    """The result of a Function as no view: PyTorch refuses to change views of one in place."""
+    return torch.ops.aten._unsafe_view(y, y.shape)
 
 
 def _is_column_major(x: Tensor) -> bool:

@@ -26,7 +26,7 @@ from aal.ops.convolution import (
     shape_only,
     tap_sums,
 )
-from aal.ops.linear import as_rows
+from aal.ops.linear import as_rows, owned
 from aal.ops.operation import Operation, Tensors
 from aal.rules.layer import Conv2dRule, Observer, RuleLayer, batched
 
@@ -54,7 +54,7 @@ class LinearABAFunction(torch.autograd.Function):
     def forward(ctx, x, aux, weight, bias, lr_expansion: float):
         ctx.lr_expansion, ctx.shape = lr_expansion, x.shape
         ctx.save_for_backward(aux, weight)
-        return _linear(x, aux, weight, bias)
+        return owned(_linear(x, aux, weight, bias))
 
     @staticmethod
     @once_differentiable

@@ -27,7 +27,7 @@ from aal.ops.convolution import (
     geometry,
     shape_only,
 )
-from aal.ops.linear import as_rows
+from aal.ops.linear import as_rows, owned
 from aal.ops.operation import Operation, Tensors
 from aal.ops.sign_linear import (
     add_sign,
@@ -80,7 +80,7 @@ class LinearASAFunction(torch.autograd.Function):
         if keeps and sign.mean:
             scale = sign_scale(as_rows(x), sign.low, sign.epsilon)
         ctx.save_for_backward(packed, scale, weight)
-        return y
+        return owned(y)
 
     @staticmethod
     @once_differentiable

@@ -84,13 +84,42 @@ def test_weights_of_attention_come_as_from_pytorch(average):
     torch.testing.assert_close(actual, expected)
 
 
-def test_inputs_without_batch():
-    stock = attention().double()
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_inputs_without_batch(batch_first):
+    stock = attention(batch_first)
     converted = aal.convert(copy.deepcopy(stock), "bp", lean="exact")
-    x = torch.randn(5, WIDTH, dtype=torch.double, requires_grad=True)
-    for options in ({}, {"key_padding_mask": PADDING[1]}, {"need_weights": False}):
+    x, memory = (torch.randn(n, WIDTH, requires_grad=True) for n in (5, 7))
+    for options in ({}, {"key_padding_mask": PADDING[1]}):
         actual, expected = (gradients(e, (x, x, x), **options) for e in (converted, stock))
         torch.testing.assert_close(actual, expected)
+    for inputs in ((x, x, x), (x, memory, memory)):
+        actual, expected = (gradients(e, inputs, need_weights=False) for e in (converted, stock))
+        assert_same_bits(actual, expected)
+
+
+WRONG_MASKS = {
+    "attn_mask": torch.zeros(1, 5, dtype=torch.bool),
+    "key_padding_mask": torch.zeros(1, 5, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("name, mask", WRONG_MASKS.items(), ids=WRONG_MASKS)
+def test_masks_of_other_shapes_and_integers_are_refused(name, mask):
+    layer, inputs = aal.convert(attention(), "bp", lean="exact"), inputs_of("self")
+    with pytest.raises(RuntimeError, match=f"{name} must have shape"):
+        layer(*inputs, **{name: mask})
+    right = {"attn_mask": CAUSAL, "key_padding_mask": PADDING}[name]
+    with pytest.raises(RuntimeError, match=f"{name} must hold booleans"):
+        layer(*inputs, **{name: right.int()})
+
+
+@pytest.mark.parametrize("lengths", [(5, 4), (1, 3), (7, 9)])
+def test_exact_is_bit_identical_for_two_inputs(lengths):
+    stock = attention()
+    converted = aal.convert(copy.deepcopy(stock), "bp", lean="exact")
+    query, memory = (torch.randn(2, n, WIDTH, requires_grad=True) for n in lengths)
+    inputs = (query, memory, memory)
+    assert_same_bits(*(gradients(e, inputs, need_weights=False) for e in (converted, stock)))
 
 
 def test_a_causal_hint_needs_its_mask():
