@@ -28,8 +28,9 @@ def linear_backward(
         grad_input = grad_rows.reshape(x.shape)
     if needs[1]:
         grad_weight = rows.T @ as_rows(x).to(rows.dtype)
-    if needs[2]:
-        grad_bias = rows.sum(0)
+    if needs[2]:  # PyTorch adds the bias to rows, or to the whole where these would be a copy
+        whole = grad_output.dim() > 2 and not x.is_contiguous()
+        grad_bias = grad_output.sum(tuple(range(grad_output.dim() - 1))) if whole else rows.sum(0)
     return grad_input, grad_weight, grad_bias
 
 

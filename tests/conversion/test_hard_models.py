@@ -217,3 +217,28 @@ def test_a_bias_may_change_between_forward_and_backward():
             each[3].bias.mul_(2)
         found.append(torch.autograd.grad(y, [x, *each.parameters()], cotangent_of(y)))
     assert_same_bits(*found)
+
+
+AROUND = {
+    "transposed before and behind": lambda n, l, x: l(n(x).transpose(0, 1)).transpose(0, 1),
+    "transposed behind": lambda n, l, x: l(n(x)).transpose(0, 1),
+    "expanded": lambda n, l, x: l(n(x)[:, :1].expand(-1, 7, -1)).sum(0),
+    "summed": lambda n, l, x: l(n(x)).sum(1, keepdim=True),
+    "four dimensions": lambda n, l, x: l(n(x).view(5, 1, 7, 37)).transpose(0, 2),
+}
+
+
+@pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
+def test_memory_orders_around_a_layer_round_alike(around):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(37), nn.Linear(37, 19)
+
+        def forward(self, x):
+            return around(self.norm, self.linear, x)
+
+    stock = Model()
+    model = aal.convert(copy.deepcopy(stock), "bp", lean="exact")
+    x = torch.randn(5, 7, 37, requires_grad=True)
+    assert_same_bits(gradients(model, x), gradients(stock, x))
