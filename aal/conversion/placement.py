@@ -8,6 +8,7 @@ and 2 for the channels, 3 and 4 for the tokens.
 import fnmatch
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -20,18 +21,21 @@ Patterns = str | Sequence[str]
 
 FUNCTIONAL_RELU = "(relu)"  # no name of a module has parentheses
 
-# Endings of names, by level: transformers (BERT, RoBERTa, ELECTRA; ViT, DeiT, Swin, Llama and what
-# is named like them; DistilBERT; GPT-2; T5), timm, torchvision and PyTorch's own.
+# Endings of names, by level: transformers (BERT, RoBERTa, ELECTRA, DeBERTa; ViT, DeiT, Swin, Llama
+# and what is named like them; BART, OPT, Whisper, Marian; DistilBERT; GPT-2; T5), timm, torchvision
+# and PyTorch's own.
 _ENDINGS: tuple[tuple[int, str], ...] = (
     (1, r"(?<!attention\.)(?<!attention\.self\.)output\.dense"),
     (2, r"intermediate\.dense"),
     (3, r"attention\.output\.dense"),
-    (4, r"attention\.self\.(query|key|value)"),
+    (4, r"attention\.self\.(query|key|value)(_proj)?"),
     (4, r"attention\.attention\.(query|key|value)"),
     (1, r"mlp\.(fc2|down_proj|c_proj)"),
     (2, r"mlp\.(fc1|gate_proj|up_proj|gate_up_proj|c_fc)"),
+    (1, r"layers\.\d+\.fc2"),
+    (2, r"layers\.\d+\.fc1"),
     (3, r"(attn|attention|self_attn)\.o_proj"),
-    (4, r"(attn|attention|self_attn)\.([qkv]|qkv)_proj"),
+    (4, r"(attn|attention|self_attn|encoder_attn)\.([qkv]|qkv)_proj"),
     (3, r"(attn|crossattention|attention)\.c_proj"),
     (4, r"(attn|crossattention|attention)\.(c_attn|q_attn)"),
     (1, r"ffn\.lin2"),
@@ -50,11 +54,21 @@ _ENDINGS: tuple[tuple[int, str], ...] = (
     (4, r"mlp_tokens\.fc1"),
     (1, r"mlp\.(3|linear_2)"),
     (2, r"mlp\.(0|linear_1)"),
-    (3, r"(self_attention|self_attn|multihead_attn)\.out_proj"),
+    (3, r"(self_attention|self_attn|encoder_attn|multihead_attn)\.out_proj"),
     (4, r"(self_attention|self_attn|multihead_attn)"),
 )
 _LEVELS = tuple((level, re.compile(rf"(?:.*\.)?{ending}")) for level, ending in _ENDINGS)
 _LEVELS_IN_TRANSFORMER_LAYER = {"linear2": 1, "linear1": 2}
+
+
+def check_patterns(what: str, patterns: Any) -> None:
+    """Raise ``ValueError`` for what is neither a pattern nor a sequence of some."""
+    if isinstance(patterns, str):
+        return
+    if not (isinstance(patterns, Sequence) and all(isinstance(own, str) for own in patterns)):
+        raise ValueError(f"{what} must be a pattern of names or several, got {patterns!r}")
+    if not patterns:
+        raise ValueError(f"{what} is empty")
 
 
 def matches(name: str, patterns: Patterns) -> bool:

@@ -155,6 +155,19 @@ def _image_levels(name: str) -> Levels:
     return levels(numbered(name + ".encoder.layer.{}."), *old)
 
 
+def _encoder_decoder_layers() -> Levels:
+    """BART, and what is named like it."""
+    own, cross = "self_attn.out_proj", "encoder_attn.out_proj"
+    projections = "{0}.q_proj {0}.k_proj {0}.v_proj"
+    inner = projections.format("self_attn")
+    both = f"{inner} {projections.format('encoder_attn')}"
+    encoder, decoder = (numbered(f"model.{part}.layers.{{}}.") for part in ("encoder", "decoder"))
+    return merged(
+        levels(encoder, "fc2", "fc1", own, inner),
+        levels(decoder, "fc2", "fc1", f"{own} {cross}", both),
+    )
+
+
 def _hugging_face() -> dict[str, Family]:
     tf = transformers
     bert = {**_TEXT, **_DROPOUT}
@@ -163,6 +176,16 @@ def _hugging_face() -> dict[str, Family]:
     swin = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 1]}
     swin |= {"num_heads": [2, 2], "window_size": 2}
     gated = {"feed_forward_proj": "gated-gelu"}
+    bart = {
+        f"{part}_{name}": value
+        for part in ("encoder", "decoder")
+        for name, value in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 24))
+    }
+    bart |= {"d_model": 16, "vocab_size": TOKENS, "max_position_embeddings": 32}
+    opt = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 24, "num_hidden_layers": 2}
+    opt |= {"num_attention_heads": 2, "vocab_size": TOKENS, "max_position_embeddings": 32}
+    relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+    deberta = (*_BERT[:3], " ".join(f"{name}_proj" for name in _BERT[3].split()))
     return {
         "bert": Family(
             lambda: tf.BertForSequenceClassification(tf.BertConfig(**bert)),
@@ -211,6 +234,28 @@ def _hugging_face() -> dict[str, Family]:
         ),
         "t5": Family(_t5, text_pair, _t5_levels("wi"), 1e-5, False),
         "t5-gated": Family(lambda: _t5(**gated), text_pair, _t5_levels("wi_0 wi_1"), 1e-5, False),
+        "deberta": Family(
+            lambda: tf.DebertaV2ForSequenceClassification(tf.DebertaV2Config(**bert, **relative)),
+            text,
+            levels(numbered("deberta.encoder.layer.{}."), *deberta),
+            tolerance=1e-5,
+        ),
+        "bart": Family(
+            lambda: tf.BartForConditionalGeneration(tf.BartConfig(**bart)),
+            text_pair,
+            _encoder_decoder_layers(),
+        ),
+        "opt": Family(
+            lambda: tf.OPTForCausalLM(tf.OPTConfig(**opt)),
+            text,
+            levels(
+                numbered("model.decoder.layers.{}."),
+                "fc2",
+                "fc1",
+                "self_attn.out_proj",
+                "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+            ),
+        ),
         "vit": Family(
             lambda: tf.ViTForImageClassification(tf.ViTConfig(**_IMAGE, **_DROPOUT)),
             pixels,
@@ -333,7 +378,12 @@ def _torch() -> dict[str, Family]:
 
 HUGGING_FACE = _hugging_face()
 FAMILIES = HUGGING_FACE | _timm() | _torchvision() | _torch()
-BEHIND_RELU = {"t5", "encoder", "decoder-layer"}  # whose second feed-forward layers read a ReLU
+BEHIND_RELU = {
+    "t5",
+    "opt",
+    "encoder",
+    "decoder-layer",
+}  # whose second feed-forward layers read a ReLU
 CALLS_GELU = {"encoder-batch-first"}  # as a function, which is left alone
 GATED = {"llama", "t5-gated"}  # the product with the activation needs its value anyway
 every_family = pytest.mark.parametrize("name", FAMILIES)

@@ -31,7 +31,7 @@ WAYS = {
 every_way = pytest.mark.parametrize("way", WAYS)
 SOME_FAMILIES = ["bert", "gpt2", "llama", "t5", "swin", "timm-mixer", "torchvision-swin", "encoder"]
 some_families = pytest.mark.parametrize("name", SOME_FAMILIES)
-IMAGES = {"vit", "deit", "swin", "timm-vit", "timm-deit", "timm-swin", "timm-mixer"}
+IMAGES = {"vit", "deit", "swin", *(name for name in FAMILIES if name.startswith("timm-"))}
 IMAGES |= {"torchvision-vit", "torchvision-swin", "torchvision-swin2"}
 
 # Attributes that hold the probability of a dropout, or of dropping a path.
