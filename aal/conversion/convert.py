@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from aal.conversion.placement import Patterns
-from aal.conversion.plan import LEFT_ALONE, Plan, refuse_wrapped
+from aal.conversion.left_alone import write_reasons
+from aal.conversion.placement import Patterns, check_patterns
+from aal.conversion.plan import Plan, refuse_wrapped
 from aal.conversion.swap import restore
 from aal.method import LEAN
 from aal.ops.derivative_code import DERIVATIVES
@@ -38,8 +39,9 @@ def convert(
     again changes what is asked to be different; ``revert`` undoes it.
 
     Args:
-        model: of any library. Of BERT, RoBERTa, DistilBERT, GPT-2, Llama, T5, ViT, DeiT, Swin and
-            MLP-Mixer of transformers, timm and torchvision it is known which layers a rule is for.
+        model: of any library. Of BERT, RoBERTa, DeBERTa, DistilBERT, GPT-2, Llama, OPT, T5, BART,
+            ViT, DeiT, BEiT, Swin and MLP-Mixer of transformers, timm and torchvision it is known
+            which layers a rule is for.
         rule: "bp"; "asa1" to "asa4" and "aba1" to "aba4", for the layers of these levels (1 and 2
             for the second and first layer of feed-forward parts, 3 for the projection behind
             attention, 4 for queries, keys and values; in mixers 1 and 2 for channels, 3 and 4 for
@@ -64,10 +66,10 @@ def convert(
         ValueError: an unknown or useless choice, a pattern that matches nothing, or a rule that
             fits no layer of the model. The model is as before.
     """
-    check_choices(rule, lean, stride, placement, **options)
+    check_choices(rule, lean, stride, placement, include, exclude, **options)
     plan = Plan(model, rule, lean, _DEFAULTS | options, include, () if exclude is None else exclude)
     if rule == "ara" or stride is not None:
-        plan.place_in_blocks(stride or DEFAULT_STRIDE)
+        plan.place_in_blocks(DEFAULT_STRIDE if stride is None else stride)
     elif rule in ("asa", "aba"):
         plan.place_everywhere()
     else:
@@ -89,12 +91,18 @@ def revert(model: nn.Module) -> nn.Module:
     refuse_wrapped(model)
     for module in model.modules():
         restore(module)
-    vars(model).pop(LEFT_ALONE, None)
+    write_reasons(model, {})
     return model
 
 
 def check_choices(
-    rule: str, lean: str, stride: Any = None, placement: Any = None, **options: Any
+    rule: str,
+    lean: str,
+    stride: Any = None,
+    placement: Any = None,
+    include: Any = None,
+    exclude: Any = None,
+    **options: Any,
 ) -> None:
     """Raise ``ValueError`` for arguments of ``convert`` that are wrong whatever the model."""
     if rule not in RULES_OF_CONVERT:
@@ -105,6 +113,7 @@ def check_choices(
         raise ValueError(f"placement is for rules with a level (asa1, say), not {rule}")
     if stride is not None and rule not in ("ara", "asa", "aba"):
         raise ValueError(f"stride is for ara, asa and aba in ResNets, not {rule}")
+    _check_collections(stride, placement, include, exclude)
     uses = {
         "epsilon": rule.startswith("asa"),
         "scale": rule.startswith("asa"),
@@ -118,5 +127,28 @@ def check_choices(
             raise ValueError(f"{name} changes nothing under rule {rule} with lean {lean!r}")
         if name in _CHOICES and value not in _CHOICES[name]:
             raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(_CHOICES[name])}")
-        if name not in _CHOICES and not (isinstance(value, int | float) and 0 < value < math.inf):
+        if name not in _CHOICES and not _is_positive(value):
             raise ValueError(f"{name} must be a positive number, got {value!r}")
+
+
+def _check_collections(stride: Any, placement: Any, include: Any, exclude: Any) -> None:
+    if placement is not None:
+        if not isinstance(placement, Mapping):
+            raise ValueError(
+                f'placement must be like {{1: "*.fc2", 2: "*.fc1"}}, got {placement!r}'
+            )
+        if not placement:
+            raise ValueError("placement is empty")
+        for level, patterns in placement.items():
+            check_patterns(f"placement of {level!r}", patterns)
+    for name, patterns in (("include", include), ("exclude", exclude)):
+        if patterns is not None:
+            check_patterns(name, patterns)
+    is_sequence = isinstance(stride, Sequence) and all(type(number) is int for number in stride)
+    if stride is not None and not is_sequence:
+        raise ValueError(f"stride must be whole numbers, such as (2, 2, 2, 2), got {stride!r}")
+
+
+def _is_positive(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 < value < math.inf

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from aal.conversion import attention, gated, linear, pointwise
-from aal.conversion.plan import LEFT_ALONE
+from aal.conversion.left_alone import reasons_of
 from aal.conversion.swap import Converted, original_class
 from aal.memory import MIB, report
 from aal.rules.layer import RuleLayer
@@ -105,7 +105,7 @@ def describe(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Description
             row.saved_bytes = (row.saved_bytes or 0) + saved
             row.stock_bytes = (row.stock_bytes or 0) + stock
     reasons: dict[str, str] = {}
-    for name, reason in vars(model).get(LEFT_ALONE, {}).items():
+    for name, reason in reasons_of(model).items():
         reasons.setdefault(_pattern(name) or "(top)", reason)
     return Description(list(found.values()), reasons)
 

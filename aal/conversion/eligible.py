@@ -4,11 +4,14 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import is_parametrized
 
 from aal.conversion.swap import Converted, class_of, original_class
 from aal.rules.layer import RuleLayer
 
+_COMPUTED = "its weight is computed from other parameters"
 _LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
 
 
@@ -77,9 +80,13 @@ def why_unknown(module: nn.Module) -> str | None:
     kind, original = layer_type(module), original_class(module)
     if is_wrapped(module):
         return "its forward pass was replaced, by another library's hooks, say; convert it before"
+    if is_parametrized(module):
+        return _COMPUTED
     if kind is None:
         if isinstance(module, RuleLayer):
             return "it was built with a rule"
+        if isinstance(module, LazyModuleMixin):
+            return "it has no weight yet"
         if isinstance(module, nn.Linear | nn.Conv2d | nn.MultiheadAttention):
             return f"{original.__name__} is a layer of another library, or quantised"
         return f"{original.__name__} is no linear layer or convolution"
@@ -91,6 +98,21 @@ def why_unknown(module: nn.Module) -> str | None:
     if kind == "conv2d" and module.padding_mode != "zeros":
         return f"its padding is {module.padding_mode!r}, not zeros"
     weight = weight_of(module)
+    if not any(weight is own for own in module._parameters.values()):
+        return _COMPUTED
+    if weight.is_complex():
+        return "its weight is complex"
     if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
         return f"its weight is a {type(weight.data).__name__}, not a plain tensor"
     return None if weight.is_floating_point() else f"its weight is quantised ({weight.dtype})"
+
+
+def why_taken(module: nn.Module, kind: type[Converted]) -> str | None:
+    """Why a module cannot become of a kind: a name that this needs is in use. None if it can."""
+    original = original_class(module)
+    own = {*vars(module), *module._parameters, *module._buffers, *module._modules}
+    if isinstance(module, Converted):
+        own -= {*type(module).settings, *type(module).parameters_added}
+    needed = {*dir(class_of(kind, original)), *kind.settings, *kind.parameters_added}
+    taken = sorted(own & (needed - {*dir(original), "observer"}))  # the indicator's, for a while
+    return f"it has an attribute {taken[0]!r} of its own" if taken else None

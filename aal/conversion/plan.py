@@ -1,13 +1,14 @@
 """What is to become of each module of a model, before anything is changed."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from aal.conversion import attention, gated, linear, pointwise
+from aal.conversion import attention, gated, left_alone, linear, pointwise
 from aal.conversion.blocks import Block, residual_blocks
 from aal.conversion.callers import caller_change
 from aal.conversion.eligible import (
@@ -16,6 +17,7 @@ from aal.conversion.eligible import (
     tied_parameters,
     weight_of,
     why_not,
+    why_taken,
     why_unknown,
 )
 from aal.conversion.placement import (
@@ -28,8 +30,6 @@ from aal.conversion.placement import (
 )
 from aal.conversion.swap import Change, Converted, original_class, restore, swap
 from aal.lean.pool import window_of
-
-LEFT_ALONE = "_aal_left_alone"  # attribute of a converted model: reasons by name
 
 _KINDS: dict[str, dict[str, type[Converted]]] = {
     "bp": {
@@ -83,6 +83,8 @@ class Plan:
         self.modules = dict(self.model.named_modules())
         self.tied = tied_parameters(self.modules)
         self.family = self.rule.rstrip("1234")
+        if self.family == "aba":
+            _refuse_parallel(self.modules.values())
         for patterns in (self.include or (), self.exclude):
             for pattern in (patterns,) if isinstance(patterns, str) else patterns:
                 if not any(matches(name, pattern) for name in self.modules):
@@ -94,21 +96,27 @@ class Plan:
             levels = levels_by_pattern(placement, self.modules)
         else:
             levels = levels_by_structure(self.modules)
-        if not levels and self.rule != "bp":
-            raise ValueError(
-                f"nothing is known of the layers of {type(self.model).__name__}: say which ones "
-                'have a level, as placement={1: "*.fc2", 2: "*.fc1"}, or convert all of them with '
-                f'the rule "{self.family}"'
-            )
         highest = 0 if self.rule == "bp" else int(self.rule[-1])
+        if highest and not any(level <= highest for level in levels.values()):
+            raise ValueError(
+                f"no layer of {type(self.model).__name__} is known to have a level that "
+                f'{self.rule} is for: say which ones do, as placement={{1: "*.fc2", 2: "*.fc1"}}, '
+                f'or convert all of them with the rule "{self.family}"'
+            )
         before = activations_before(self.modules, levels)
         for name, level in levels.items():
             if level <= highest and self._is_in_scope(name):
-                reason = why_not(name, self.modules, self.tied)
-                if reason is not None and placement is not None:
-                    raise ValueError(f"{name} cannot have a rule: {reason}")
-                self._give_rule(name, reason, before.get(name))
+                self._give_rule(name, before.get(name), is_asked_for=placement is not None)
+        if highest and placement is None:
+            self._describe_unknown(levels)
         self._sort_activations(before)
+
+    def _describe_unknown(self, levels: Mapping[str, int]) -> None:
+        """Say of which linear layers no level is known."""
+        for name, module in self.modules.items():
+            is_linear = isinstance(module, nn.Linear) or layer_type(module) not in (None, "conv2d")
+            if is_linear and name not in levels and self._is_in_scope(name):
+                self.left_alone[name] = why_unknown(module) or "no level is known of it"
 
     def place_everywhere(self) -> None:
         """All layers in scope."""
@@ -116,7 +124,7 @@ class Plan:
         for name, module in self.modules.items():
             is_layer = isinstance(module, nn.Linear | nn.Conv2d) or layer_type(module) is not None
             if is_layer and self._is_in_scope(name):
-                self._give_rule(name, why_not(name, self.modules, self.tied), before.get(name))
+                self._give_rule(name, before.get(name))
         self._sort_activations(before)
 
     def place_in_blocks(self, stride: Sequence[int]) -> None:
@@ -133,7 +141,7 @@ class Plan:
     def _place_in_block(self, block: Block) -> None:
         for name in block.readers:
             if not block.is_first and self._is_in_scope(name):
-                self._give_rule(name, why_not(name, self.modules, self.tied), block.closing)
+                self._give_rule(name, block.closing)
         if self.family == "ara" and block.hands_on and self._is_in_scope(block.name):
             self.wanted[block.name] = linear.ResidualBlock, {}
         if block.packs and block.closing is not None:
@@ -144,11 +152,14 @@ class Plan:
         included = self.include is None or matches(name, self.include)
         return included and not matches(name, self.exclude)
 
-    def _give_rule(self, name: str, reason: str | None, before: str | None) -> None:
+    def _give_rule(self, name: str, before: str | None, *, is_asked_for: bool = False) -> None:
+        reason = self._why_no_rule(name)
         if reason is not None:
+            if is_asked_for:
+                raise ValueError(f"{name} cannot have a rule: {reason}")
             self.left_alone[name] = reason
             return
-        kind = _KINDS[self.family][layer_type(self.modules[name])]
+        kind = self._kind_of(name)
         reads_relu = before == FUNCTIONAL_RELU or (
             before is not None and original_class(self.modules[before]) is nn.ReLU
         )
@@ -157,6 +168,14 @@ class Plan:
             raise ValueError(f'scale="mean" is for linear layers, and {name} is a convolution')
         self.ruled.add(name)
         self.wanted[name] = kind, {setting: own[setting] for setting in kind.settings}
+
+    def _why_no_rule(self, name: str) -> str | None:
+        reason = why_not(name, self.modules, self.tied)
+        return reason or why_taken(self.modules[name], self._kind_of(name))
+
+    def _kind_of(self, name: str) -> type[Converted]:
+        """What a layer with the rule becomes."""
+        return _KINDS[self.family][layer_type(self.modules[name])]
 
     def _sort_activations(self, before: Mapping[str, str]) -> None:
         """Who reads the results of activation functions?"""
@@ -180,11 +199,18 @@ class Plan:
         for name, module in self.modules.items():
             if name not in self.wanted and self._is_in_scope(name):
                 change = self._lean_change(name, module)
-                if change is not None:
+                if change is not None and why_taken(module, change[0]) is None:
                     self.wanted[name] = change
+        if self.rule == "bp" and self.lean != "off" and not self.wanted:
+            raise ValueError(
+                f"lean={self.lean!r} changes nothing: no layer, norm, activation function, dropout "
+                f"or pool of {type(self.model).__name__} is known and in scope"
+            )
         for name, module in self.modules.items():
             change = self._caller_change(name, module)
             if change is not None:
+                if change[0].settings and (reason := why_taken(module, change[0])) is not None:
+                    raise ValueError(f"{name} cannot be made to call its layers: {reason}")
                 self.wanted.setdefault(name, change)
 
     def _lean_change(self, name: str, module: nn.Module) -> Change | None:
@@ -245,7 +271,9 @@ class Plan:
                     _add_aux(module)
             elif self._is_in_scope(name):
                 restore(module)
-        vars(self.model)[LEFT_ALONE] = self.left_alone
+        earlier = left_alone.reasons_of(self.model)
+        untouched = {n: reason for n, reason in earlier.items() if not self._is_in_scope(n)}
+        left_alone.write_reasons(self.model, untouched | self.left_alone)
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -268,6 +296,14 @@ def _has_small_window(module: nn.MaxPool2d) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _refuse_parallel(modules: Iterable[nn.Module]) -> None:
+    if any(isinstance(module, DistributedDataParallel) for module in modules):
+        raise ValueError(
+            "ABA adds parameters, which DistributedDataParallel would not synchronise: convert the "
+            "model before it is wrapped"
+        )
 
 
 def _add_aux(module: nn.Module) -> None:

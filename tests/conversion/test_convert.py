@@ -5,6 +5,8 @@ import pytest
 import torch
 from helpers import assert_same_bits, cotangent_of
 from torch import nn
+from torch.nn.utils import prune
+from torchvision.models import swin_transformer
 
 import aal
 from aal.conversion.linear import BiasLinear, ReadingLinear, SignConv2d, SignLinear
@@ -244,7 +246,26 @@ WRONG = {
     "include of nothing": (("asa",), {"include": "tail"}, "no module is named 'tail'"),
     "exclude of nothing": (("asa",), {"exclude": ["tail.*"]}, "no module is named 'tail.\\*'"),
     "nothing in scope": (("asa",), {"include": "embedding"}, "no layer can learn under asa"),
-    "unknown structure": (("asa1",), {}, "nothing is known of the layers of Network"),
+    "unknown structure": (("asa1",), {}, "no layer of Network is known .*placement="),
+    "epsilon as truth": (("asa",), {"epsilon": True}, "epsilon must be a positive number"),
+    "placement in a list": (("asa1",), {"placement": ["head"]}, "placement must be like {1: "),
+    "empty placement": (("asa1",), {"placement": {}}, "placement is empty"),
+    "numbers as names": (("asa1",), {"placement": {1: [0]}}, "placement of 1 must be a pattern"),
+    "placement of higher levels": (
+        ("asa1",),
+        {"placement": {2: "head"}},
+        "no layer of Network is known to have a level that asa1 is for: .* placement=",
+    ),
+    "include of a number": (("asa",), {"include": 3}, "include must be a pattern of names"),
+    "empty include": (("asa",), {"include": []}, "include is empty"),
+    "exclude of a number": (("asa",), {"exclude": 3}, "exclude must be a pattern of names"),
+    "a number as stride": (("ara",), {"stride": 2}, "stride must be whole numbers"),
+    "fractions as stride": (("ara",), {"stride": (2, 2.5, 2, 2)}, "stride must be whole numbers"),
+    "lean of nothing": (
+        ("bp",),
+        {"lean": "exact", "include": "embedding"},
+        "lean='exact' changes nothing: no layer, norm",
+    ),
     "stride without groups": (
         ("asa1",),
         {"stride": (2, 2, 2, 2)},
@@ -309,3 +330,113 @@ def test_a_forward_that_was_replaced_after_conversion_is_not_pulled_away():
         with pytest.raises(ValueError, match="blocks.0.after was converted, and its forward pass"):
             change()
     assert_same_bits(model(IDS), expected)
+
+
+def test_linear_layers_of_no_known_level_are_left_alone_with_a_reason():
+    class Known(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp = nn.ModuleDict({"fc1": nn.Linear(6, 8), "fc2": nn.Linear(8, 6)})
+            self.odd, self.out = nn.Linear(6, 6), nn.Linear(6, 2, dtype=torch.cfloat)
+
+    model = aal.convert(Known(), "asa1", exclude="out")
+    assert aal.describe(model).left_alone == {"odd": "no level is known of it"}
+    assert aal.describe(aal.convert(model, "asa1", placement={1: "mlp.fc2"})).left_alone == {}
+    with pytest.raises(ValueError, match="a level that asa2 is for: .* placement="):
+        aal.convert(
+            nn.ModuleDict({"self_attn": nn.ModuleDict({"q_proj": nn.Linear(4, 4)})}), "asa2"
+        )
+
+
+def pruned(layer):
+    return prune.l1_unstructured(layer, "weight", 0.5)
+
+
+UNFIT = {
+    "pruned": (pruned, "its weight is computed from other parameters"),
+    "parametrised": (
+        nn.utils.parametrizations.weight_norm,
+        "its weight is computed from other parameters",
+    ),
+    "lazy": (lambda layer: nn.LazyLinear(6), "it has no weight yet"),
+    "complex": (lambda layer: nn.Linear(6, 6, dtype=torch.cfloat), "its weight is complex"),
+}
+
+
+@pytest.mark.parametrize("change, reason", UNFIT.values(), ids=UNFIT)
+def test_reasons_say_what_is_special_of_a_weight(change, reason):
+    model = nn.Sequential(nn.Linear(6, 6), change(nn.Linear(6, 6)))
+    aal.convert(model, "asa", lean="exact")
+    assert aal.describe(model).left_alone == {"*": reason}
+    assert isinstance(model[0], SignLinear) and not isinstance(model[1], Converted)
+
+
+def own_attribute(layer, name, value):
+    if isinstance(value, nn.Parameter):
+        layer.register_parameter(name, value)
+    else:
+        setattr(layer, name, value)
+
+
+@pytest.mark.parametrize(
+    "rule, name", [("asa", "scale"), ("asa", "relu"), ("aba", "lr_expansion"), ("aba", "aux")]
+)
+def test_a_layer_with_such_an_attribute_of_its_own_is_left_alone(rule, name):
+    model, value = Network(), nn.Parameter(torch.ones(24))
+    own_attribute(model.blocks[0].after, name, value)
+    aal.convert(model, rule)
+    assert type(model.blocks[0].after) is nn.Linear
+    assert aal.describe(model).left_alone == {
+        "blocks.*.after": f"it has an attribute {name!r} of its own"
+    }
+    aal.revert(model)
+    assert getattr(model.blocks[0].after, name) is value
+    with pytest.raises(ValueError, match="blocks.0.after cannot have a rule: it has an attribute"):
+        aal.convert(model, f"{rule}2", placement=PLACEMENT)
+    assert not kinds(model)
+
+
+@pytest.mark.parametrize("name", ["function", "derivative", "always", "original", "kind"])
+def test_an_activation_with_such_an_attribute_of_its_own_stays(name):
+    model = Network(nn.GELU)
+    setattr(model.blocks[0].act, name, "mine")
+    aal.convert(model, "asa", lean="approx")
+    assert isinstance(model.blocks[1].act, Converted)
+    assert type(model.blocks[0].act) is nn.GELU and getattr(model.blocks[0].act, name) == "mine"
+    aal.revert(model)
+    assert getattr(model.blocks[0].act, name) == "mine"
+
+
+def test_attention_that_cannot_call_its_layers_is_refused_before_any_change():
+    block = swin_transformer.SwinTransformerBlock(8, 2, [2, 2], [0, 0])
+    block.attn.called = "mine"
+    with pytest.raises(ValueError, match="attn cannot be made to call its layers: .*'called'"):
+        aal.convert(block, "asa4")
+    assert block.attn.called == "mine" and not kinds(block)
+
+
+def test_vectors_of_aba_are_refused_where_nobody_would_synchronise_them():
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(4, 3)))
+        with pytest.raises(ValueError, match="convert the model before it is wrapped"):
+            aal.convert(wrapped, "aba")
+        assert not kinds(wrapped)
+        assert kinds(aal.convert(wrapped, "asa")) == {"module.0": SignLinear}
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_reasons_of_parts_last_until_the_parts_are_converted_again():
+    model = Network()
+    model.blocks[0].after.requires_grad_(False)
+    frozen = {"blocks.*.after": "its weight is frozen, so that it keeps no input anyway"}
+    aal.convert(model.blocks, "asa")
+    assert aal.describe(model).left_alone == frozen
+    aal.convert(model, "asa", include="head")
+    assert aal.describe(model).left_alone == frozen
+    model.blocks[0].after.requires_grad_(True)
+    aal.convert(model, "asa")
+    assert aal.describe(model).left_alone == {}
