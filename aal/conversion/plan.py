@@ -30,6 +30,7 @@ from aal.conversion.placement import (
 )
 from aal.conversion.swap import Change, Converted, original_class, restore, swap
 from aal.lean.pool import window_of
+from aal.rules.layer import RuleLayer
 
 _KINDS: dict[str, dict[str, type[Converted]]] = {
     "bp": {
@@ -257,9 +258,14 @@ class Plan:
     def _caller_change(self, name: str, module: nn.Module) -> Change | None:
         """What becomes of a module that uses weights of layers without calling them."""
         prefix = f"{name}." if name else ""
-        ruled = [child for child, _ in module.named_children() if prefix + child in self.ruled]
+        ruled = [child for child, _ in module.named_children() if self._is_ruled(prefix + child)]
         holds_changes = any(other.startswith(prefix) for other in self.wanted)
         return caller_change(module, ruled, holds_changes)
+
+    def _is_ruled(self, name: str) -> bool:
+        """Does a module have a rule in the end? modules has one name of each alone."""
+        is_kept = isinstance(self.modules.get(name), RuleLayer) and not self._is_in_scope(name)
+        return name in self.ruled or is_kept
 
     def carry_out(self) -> None:
         """Change the model."""
@@ -269,7 +275,7 @@ class Plan:
                 swap(module, kind, **settings)
                 if "aux" in kind.parameters_added and "aux" not in module._parameters:
                     _add_aux(module)
-            elif self._is_in_scope(name):
+            elif self._is_in_scope(name) or isinstance(module, attention.LayerCallingAttention):
                 restore(module)
         earlier = left_alone.reasons_of(self.model)
         untouched = {n: reason for n, reason in earlier.items() if not self._is_in_scope(n)}

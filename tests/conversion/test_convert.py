@@ -415,6 +415,16 @@ def test_attention_that_cannot_call_its_layers_is_refused_before_any_change():
     assert block.attn.called == "mine" and not kinds(block)
 
 
+@pytest.mark.parametrize("again", [{"include": "attn.*"}, {"exclude": "attn.*"}], ids=str)
+def test_attention_calls_those_of_its_layers_that_have_a_rule(again):
+    block = swin_transformer.SwinTransformerBlock(8, 2, [2, 2], [0, 0])
+    x = torch.randn(1, 4, 4, 8)
+    stock, ruled = block(x), aal.convert(block, "asa4", include="attn.*", epsilon=0.1)(x)
+    assert not torch.equal(ruled, stock)
+    aal.convert(block, "bp", **again)
+    assert_same_bits(block(x), stock if "include" in again else ruled)
+
+
 def test_vectors_of_aba_are_refused_where_nobody_would_synchronise_them():
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
