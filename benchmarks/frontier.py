@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from settings import ALTERNATIVE, OURS
 
 COLOURS = {OURS: "#d1495b", ALTERNATIVE: "#30638e"}
+SLOWEST = 2.0  # step time that is drawn, in units of plain's: offloading takes many times as long
 
 Point = tuple[float, float]  # MiB, step time
 
@@ -48,7 +49,7 @@ def curve_of(rows: Sequence[Mapping[str, Any]], memory: str) -> list[Point]:
 
 
 def draw(rows: Sequence[Mapping[str, Any]], memory: str, label: str, path: Path) -> None:
-    """Draw a panel for every network, with a point for every setting, and write a picture.
+    """Draw a panel for every network, with a numbered point for every setting, into a picture.
 
     Args:
         rows: of the table of ``speed.py``; those without a ratio are left out.
@@ -57,23 +58,24 @@ def draw(rows: Sequence[Mapping[str, Any]], memory: str, label: str, path: Path)
         path: of the picture.
     """
     networks = list(dict.fromkeys(row["network"] for row in rows))
-    figure = Figure(figsize=(7 * len(networks), 5), layout="constrained")
-    axes = figure.subplots(1, len(networks), squeeze=False)
-    for axis, network in zip(axes[0], networks, strict=True):
+    figure = Figure(figsize=(9, 4.5 * len(networks)), layout="constrained")
+    axes = figure.subplots(len(networks), squeeze=False)[:, 0]
+    for axis, network in zip(axes, networks, strict=True):
         own = [row for row in rows if row["network"] == network and row["ratio"] is not None]
-        for row in own:
-            place = (row[memory], row["ratio"])
-            axis.plot(*place, "o", color=COLOURS[row["group"]])
-            axis.annotate(row["setting"], place, (4, 4), textcoords="offset points", fontsize=7)
         curve = curve_of(own, memory)
         axis.plot(
             [point[0] for point in curve],
             [point[1] for point in curve],
             color=COLOURS[ALTERNATIVE],
-            label="PyTorch's own means",
+            label="the best of PyTorch's own means",
         )
-        axis.plot([], [], "o", color=COLOURS[OURS], label="this project")
-        axis.set(title=network, xlabel=label, ylabel="step time / plain")
-        axis.margins(x=0.3, y=0.1)
-        axis.legend()
+        for number, row in enumerate(own, 1):
+            place, text = (row[memory], row["ratio"]), f"{number}  {row['setting']}"
+            if row["ratio"] > SLOWEST:
+                text += f" ({row['ratio']:.2g} x, not in view)"
+            axis.plot(*place, "o", color=COLOURS[row["group"]], label=text)
+            axis.annotate(str(number), place, (4, 4), textcoords="offset points", fontsize=8)
+        axis.set(title=network, xlabel=label, ylabel="step time / plain", xlim=(0, None))
+        axis.set_ylim(top=min(axis.get_ylim()[1], SLOWEST))
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     figure.savefig(path, dpi=150)

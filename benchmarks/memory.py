@@ -31,7 +31,7 @@ from settings import (
 )
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from turns import Failures, release_memory, take_turns_within
+from turns import Failures, Rounds, release_memory, take_turns_within
 
 from aal.memory import MIB, saved_bytes
 from aal.training.command_line import Parser, UserError, positive_float, run
@@ -40,7 +40,7 @@ SETTINGS = (alternative(PLAIN), CHECKPOINT, ASA1_APPROX_FOUR_BIT)
 FIRST_BATCHES = (64, 128)  # memory grows from one to the other as it does to any other batch
 FRACTION = 32  # a batch that a 32nd would be too much for counts as the largest
 WARM_UP = 3  # steps: by then compressors have chosen their bits
-MOST_ROUNDS = 5
+ROUNDS = Rounds(least=1, most=5)
 
 
 def saved_mib(step: Step) -> float:
@@ -219,7 +219,7 @@ def compare_largest(
         for name, batch in points_of(largest)
     }
     left = seconds - (time.monotonic() - begin)
-    times = take_turns_within(left, MOST_ROUNDS, visits, failures)
+    times = take_turns_within(left, ROUNDS, visits, failures)
     rows = [
         {
             "setting": name,

@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from frontier import curve_of, draw, time_at
@@ -27,7 +27,7 @@ from interleaved import compare
 from memory import WARM_UP, peak_mib, saved_mib
 from record import RESULTS, record
 from settings import OURS, PLAIN, Network, Setting, Step, comparisons
-from turns import Failures, release_memory, take_turns_within
+from turns import Failures, Rounds, release_memory, take_turns_within
 
 from aal.training.command_line import Parser, UserError, positive_float, run
 from aal.training.files import write_text
@@ -37,8 +37,8 @@ LABELS = {
     "peak_mib": "activation peak, MiB",
     "saved_mib": "saved between forward and backward, MiB",
 }
-PREPARATION = 0.65  # of the time; what is not prepared by then is left out
-MOST_ROUNDS = 60
+PREPARATION = 0.65  # of the time at most; what is not prepared by then is left out
+ROUNDS = Rounds(least=4, most=60)  # quintiles of fewer would lie beyond what was measured
 COLUMNS = (
     "network",
     "batch",
@@ -61,15 +61,23 @@ COLUMNS = (
 )
 
 
-def prepare(setting: Setting, network: Network, *batch: torch.Tensor) -> tuple[Step, dict]:
-    """The step of a setting, warm, and its memory columns."""
+class Prepared(NamedTuple):
+    """The warm step of a setting, its seconds so far, and its memory columns."""
+
+    step: Step
+    seconds: float
+    held: dict[str, float]
+
+
+def prepare(setting: Setting, network: Network, *batch: torch.Tensor) -> Prepared:
+    """Make the step of a setting and measure its memory."""
     step = setting.make(network, *batch)
     for _ in range(WARM_UP):
-        step()
+        seconds = step.seconds()
     held = {"saved_mib": round(saved_mib(step), 3)}
     if step.images.is_cuda:
         held["peak_mib"] = round(peak_mib(step), 3)
-    return step, held
+    return Prepared(step, seconds, held)
 
 
 def measure(
@@ -79,18 +87,18 @@ def measure(
     begin = time.monotonic()
     batch = network.random_batch(network.batch, device)
     failures = Failures()
-    steps: dict[str, Step] = {}
-    held: dict[str, dict[str, float]] = {}
+    ready: dict[str, Prepared] = {}
     for setting in settings:
-        if time.monotonic() - begin > PREPARATION * seconds:
+        rounds = ROUNDS.least * sum(prepared.seconds for prepared in ready.values())
+        if time.monotonic() - begin > min(PREPARATION * seconds, seconds - rounds):
             failures[setting.name] = "not measured: it takes more --minutes"
             continue
         action = functools.partial(prepare, setting, network, *batch)
         if (prepared := failures.attempt(setting.name, action)) is not None:
-            steps[setting.name], held[setting.name] = prepared
+            ready[setting.name] = prepared
     left = seconds - (time.monotonic() - begin)
-    actions = {name: step.seconds for name, step in steps.items()}
-    times = take_turns_within(left, MOST_ROUNDS, actions, failures)
+    actions = {name: prepared.step.seconds for name, prepared in ready.items()}
+    times = take_turns_within(left, ROUNDS, actions, failures)
     known = {
         "network": network.name,
         "batch": network.batch,
@@ -102,7 +110,7 @@ def measure(
             **known,
             "setting": name,
             "group": group,
-            **(held[name] if name in times else {}),
+            **(ready[name].held if name in times else {}),
             "error": failures.get(name),
         }
         for name, group, _ in settings

@@ -3,12 +3,19 @@
 import gc
 import time
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 Key = TypeVar("Key", bound=Hashable)
 _LONGEST = 200  # letters of an error
+
+
+class Rounds(NamedTuple):
+    """How many rounds there may be; ``least`` is at least 1."""
+
+    least: int
+    most: int
 
 
 class Failures(dict[Any, str]):
@@ -39,19 +46,22 @@ def release_memory() -> None:
 
 
 def take_turns_within(
-    seconds: float, most: int, actions: Mapping[Key, Callable[[], float]], failures: Failures
+    seconds: float,
+    rounds: Rounds,
+    actions: Mapping[Key, Callable[[], float]],
+    failures: Failures,
 ) -> dict[Key, list[float]]:
     """What each of ``actions`` measured in each round.
 
     Args:
-        seconds: no round begins that would end later, but the first two are always finished.
-        most: rounds.
+        seconds: no round begins that would end later.
+        rounds: the fewest, whatever time they take, and the most.
         actions: return a measurement each. Who fails once is noted in ``failures`` and left out.
     """
     begin = time.monotonic()
     measured: dict[Key, list[float]] = {key: [] for key in actions}
-    for number in range(most):
-        if number >= 2 and (time.monotonic() - begin) * (number + 1) / number > seconds:
+    for number in range(rounds.most):
+        if number >= rounds.least and (time.monotonic() - begin) * (number + 1) / number > seconds:
             break
         for key in list(measured):
             value = failures.attempt(key, actions[key])

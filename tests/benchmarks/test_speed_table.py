@@ -51,7 +51,7 @@ def test_every_setting_has_a_row_and_a_failure_has_its_error():
     assert plain["ratio"] == plain["saved_times_less"] == 1
     assert plain["alternatives_ratio"] is None and asa4["group"] == OURS
     for row in table[:3]:
-        assert row["error"] is None and row["rounds"] == speed.MOST_ROUNDS
+        assert row["error"] is None and row["rounds"] == speed.ROUNDS.most
         assert row["step_ms_20_percent"] <= row["step_ms"] <= row["step_ms_80_percent"]
         assert row["saved_times_less"] == pytest.approx(
             plain["saved_mib"] / row["saved_mib"], abs=1e-3

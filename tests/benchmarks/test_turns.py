@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from turns import Failures, one_line, take_turns_within
+from turns import Failures, Rounds, one_line, take_turns_within
 
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 2), (3600.0, 5)])
-def test_rounds_end_with_the_time_or_at_the_most(seconds, rounds):
+def test_rounds_end_with_the_time_but_are_neither_too_few_nor_too_many(seconds, rounds):
     order = []
 
     def action(name: str) -> float:
@@ -14,7 +14,7 @@ def test_rounds_end_with_the_time_or_at_the_most(seconds, rounds):
         return float(len(order))
 
     actions = {name: lambda name=name: action(name) for name in "ab"}
-    measured = take_turns_within(seconds, 5, actions, Failures())
+    measured = take_turns_within(seconds, Rounds(2, 5), actions, Failures())
     assert order == ["a", "b"] * rounds
     assert measured == {
         "a": [1.0 + 2 * i for i in range(rounds)],
@@ -26,7 +26,7 @@ def test_who_fails_is_left_out_and_noted():
     left = [0.0, 1.0]
     failures = Failures()
     actions = {"good": lambda: 1.0, "bad": lambda: left.pop(0)}
-    assert take_turns_within(3600.0, 4, actions, failures) == {"good": [1.0] * 4}
+    assert take_turns_within(3600.0, Rounds(1, 4), actions, failures) == {"good": [1.0] * 4}
     assert failures == {"bad": "IndexError: pop from empty list"}
 
 
