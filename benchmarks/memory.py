@@ -1,10 +1,10 @@
 """Memory of a training step; and the largest batch of ViT-B/16 that a GPU trains, with its speed.
 
-    python benchmarks/memory.py --minutes 2.5
+    python benchmarks/memory.py --minutes 2
 
 ViT-B/16 on 224 x 224 images in bfloat16: plain, with full checkpointing, and with ``asa1``, lean
 approx and 4 bits. The largest batch of each is found first, then their images per second are
-measured in turns; checkpointing and ours also at the largest batch that both can train. Writes
+measured in turns, each also at the largest batches of the others that it can train. Writes
 ``results/memory_cuda.json``. ``speed.py`` measures saved and peak MiB of one batch with the
 functions in this file.
 """
@@ -238,7 +238,7 @@ def compare_largest(
 
 def main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="memory.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=positive_float, default=2.5, help="time that it may take")
+    parser.add_argument("--minutes", type=positive_float, default=2.0, help="time that it may take")
     minutes = parser.parse_args(arguments).minutes
     if not torch.cuda.is_available():
         raise UserError("the largest batch needs a GPU; speed.py has saved bytes on CPU too")
