@@ -220,11 +220,13 @@ def test_a_bias_may_change_between_forward_and_backward():
 
 
 AROUND = {
-    "transposed before and behind": lambda n, l, x: l(n(x).transpose(0, 1)).transpose(0, 1),
-    "transposed behind": lambda n, l, x: l(n(x)).transpose(0, 1),
-    "expanded": lambda n, l, x: l(n(x)[:, :1].expand(-1, 7, -1)).sum(0),
-    "summed": lambda n, l, x: l(n(x)).sum(1, keepdim=True),
-    "four dimensions": lambda n, l, x: l(n(x).view(5, 1, 7, 37)).transpose(0, 2),
+    "transposed before and behind": lambda norm, layer, x: layer(norm(x).transpose(0, 1)).transpose(
+        0, 1
+    ),
+    "transposed behind": lambda norm, layer, x: layer(norm(x)).transpose(0, 1),
+    "expanded": lambda norm, layer, x: layer(norm(x)[:, :1].expand(-1, 7, -1)).sum(0),
+    "summed": lambda norm, layer, x: layer(norm(x)).sum(1, keepdim=True),
+    "four dimensions": lambda norm, layer, x: layer(norm(x).view(5, 1, 7, 37)).transpose(0, 2),
 }
 
 
