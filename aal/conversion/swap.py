@@ -6,6 +6,8 @@ behaviour, and of the class that the module had.
 """
 
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import nn
@@ -65,7 +67,38 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 def class_of(kind: type[Converted], original: type[nn.Module]) -> type[nn.Module]:
     """The class of modules of class ``original`` that were converted to ``kind``."""
     contents = {"original": original, "kind": kind, "__module__": kind.__module__}
+    if (forward := _forward_by_keyword(kind, original)) is not None:
+        contents["forward"] = forward
     return type(kind.__name__, (kind, original), contents)
+
+
+def _forward_by_keyword(
+    kind: type[Converted], original: type[nn.Module]
+) -> Callable[..., Any] | None:
+    """A kind's forward pass of ``x``, which may be given by its name in the original class too.
+
+    None where that is the same, or the kind has no forward pass of its own.
+    """
+    if not hasattr(kind, "forward"):
+        return None
+    own, name = _first_input(kind), _first_input(original)
+    if own != "x" or name in (None, "x"):
+        return None
+
+    @functools.wraps(original.forward)
+    def forward(self, *args, **kwargs):
+        if name in kwargs:
+            args = (kwargs.pop(name), *args)
+        return kind.forward(self, *args, **kwargs)
+
+    return forward
+
+
+def _first_input(cls: type) -> str | None:
+    """The name of the first argument of a forward pass, if it may be given by that."""
+    first = [*inspect.signature(cls.forward).parameters.values(), None, None][1]
+    is_named = first is not None and first.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return first.name if is_named else None
 
 
 def _empty(kind: type[Converted], original: type[nn.Module]) -> nn.Module:

@@ -27,6 +27,18 @@ def gated():
     return nn.Sequential(LlamaRMSNorm(8), part), torch.randn(2, 3, 8, requires_grad=True)
 
 
+def by_keyword():
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.layer = nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.layer(input=self.norm(input=x))
+
+    return Part(), torch.randn(2, 8, requires_grad=True)
+
+
 CASES = {
     "bp, exact": (vision_transformer, "bp", {"lean": "exact"}),
     "asa4": (vision_transformer, "asa4", {}),
@@ -35,6 +47,7 @@ CASES = {
     "ResNet, bp, exact": (resnet, "bp", {"lean": "exact"}),
     "ResNet, ara, exact": (resnet, "ara", {"lean": "exact"}),
     "ResNet, asa, exact": (resnet, "asa", {"lean": "exact", "stride": (2, 2, 2, 2)}),
+    "by keyword, exact": (by_keyword, "asa", {"lean": "exact"}),
     "gated, exact": (gated, "bp", {"lean": "exact"}),
 }
 

@@ -1,11 +1,15 @@
 import copy
+import inspect
 import io
 import pickle
 
 import pytest
 import torch
+from helpers import assert_same_bits
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+import aal
 from aal.conversion.linear import BiasLinear, ReadingLinear, SignLinear
 from aal.conversion.pointwise import RepeatedModule
 from aal.conversion.swap import Converted, class_of, original_class, restore, swap
@@ -90,3 +94,35 @@ def test_a_saved_module_loads():
     torch.save(layer, file)
     file.seek(0)
     assert type(torch.load(file, weights_only=False)) is type(layer)
+
+
+IMAGE = torch.randn(2, 3, 6, 6)
+BY_KEYWORD = {
+    "linear": (lambda: nn.Linear(6, 4), "input", "bp"),
+    "linear, asa": (lambda: nn.Linear(6, 4), "input", "asa"),
+    "linear, aba": (lambda: nn.Linear(6, 4), "input", "aba"),
+    "convolution": (lambda: nn.Conv2d(3, 4, 3), "input", "bp"),
+    "convolution, asa": (lambda: nn.Conv2d(3, 4, 3), "input", "asa"),
+    "convolution, aba": (lambda: nn.Conv2d(3, 4, 3), "input", "aba"),
+    "layer norm": (lambda: nn.LayerNorm(6), "input", "bp"),
+    "RMS norm": (lambda: LlamaRMSNorm(6), "hidden_states", "bp"),
+    "batch norm": (lambda: nn.BatchNorm2d(3), "input", "bp"),
+    "GELU": (nn.GELU, "input", "bp"),
+    "ReLU": (nn.ReLU, "input", "bp"),
+    "dropout": (nn.Dropout, "input", "bp"),
+    "max pool": (lambda: nn.MaxPool2d(2), "input", "bp"),
+}
+
+
+@pytest.mark.parametrize("make, name, rule", BY_KEYWORD.values(), ids=BY_KEYWORD)
+def test_an_input_may_be_given_by_the_name_that_it_had(make, name, rule):
+    layer = aal.convert(make(), rule, lean="exact")
+    outputs = []
+    for args, kwargs in (((IMAGE,), {}), ((), {name: IMAGE})):
+        torch.manual_seed(0)
+        outputs.append(layer(*args, **kwargs))
+    assert isinstance(layer, Converted)
+    assert_same_bits(*outputs)
+    assert inspect.signature(layer.forward) == inspect.signature(make().forward)
+    with pytest.raises(TypeError):
+        layer(**{name: IMAGE}, unknown=1)
