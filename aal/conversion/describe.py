@@ -22,7 +22,7 @@ class Row:
         name: with a * for the numbers.
         count: of modules.
         was: class that they had.
-        became: what they do now.
+        became: what they do now; that claims no saving where the measured bytes are the same.
         saved_bytes, stock_bytes: what they keep, and what they would keep under backpropagation
             with the model's own layers; None where it was not measured.
     """
@@ -104,6 +104,9 @@ def describe(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Description
             saved, stock = saved or (0, 0)
             row.saved_bytes = (row.saved_bytes or 0) + saved
             row.stock_bytes = (row.stock_bytes or 0) + stock
+    for row in found.values():
+        if kept and row.saved_bytes == row.stock_bytes and row.became.startswith("keeps"):
+            row.became = "keeps what it kept"
     reasons: dict[str, str] = {}
     for name, reason in reasons_of(model).items():
         reasons.setdefault(_pattern(name) or "(top)", reason)
@@ -117,13 +120,15 @@ def _what(module: nn.Module) -> str:
     if isinstance(module, linear.ResidualConv2d):
         return "ARA: reads its group's activation"
     if isinstance(module, RuleLayer):
-        rule = "ABA: a learned vector" if "aux" in module._parameters else "ASA: one bit"
+        is_bias = "aux" in module.kind.parameters_added
+        rule = "ABA: a learned vector" if is_bias else "ASA: one bit"
         return rule + (", behind a ReLU" if getattr(module, "relu", False) else "")
     if isinstance(module, linear.ResidualBlock):
         return "hands its group's activation on"
     if isinstance(module, pointwise.CodedModule):
-        bits = "one bit" if module.function == "relu" else "two bits"
-        return f"keeps {bits}"
+        if module.function != "relu":
+            return "keeps two bits"
+        return "keeps one bit" if module.always else "keeps one bit if its result is recomputed"
     return _WORDS[module.kind]
 
 

@@ -67,6 +67,51 @@ def test_table_is_aligned_and_says_what_was_left_alone():
     assert lines[-1] == ("left alone: *: its weight is frozen, so that it keeps no input anyway")
 
 
+def became_by_class(description):
+    return {row.was: row.became for row in description.rows}
+
+
+def test_no_saving_is_claimed_where_the_bytes_are_those_of_before():
+    """Tanh keeps its result, and the last layer keeps the same; so does a ReLU before a layer."""
+    x = torch.randn(8, 16)
+    for act, is_changed in ((nn.Tanh(), False), (nn.ReLU(), True)):
+        net = aal.convert(
+            nn.Sequential(nn.Linear(16, 16), act, nn.Linear(16, 4)), "bp", lean="exact"
+        )
+        description = aal.describe(net, x)
+        assert description.saved_bytes == description.stock_bytes
+        words = {row.became for row in description.rows if row.was != "Tanh"}
+        assert words == {"keeps what it kept"}
+        assert ("ReLU" in became_by_class(description)) == is_changed
+
+
+def test_a_relu_says_when_it_keeps_bits():
+    layers = nn.Linear(16, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 4)
+    net = aal.convert(nn.Sequential(*layers), "bp", lean="exact")
+    waits = "keeps one bit if its result is recomputed"
+    assert became_by_class(aal.describe(net))["ReLU"] == waits
+    description = aal.describe(net, torch.randn(8, 16))
+    assert became_by_class(description)["ReLU"] == waits
+    assert description.saved_bytes < description.stock_bytes
+    net = aal.convert(nn.Sequential(*layers), "asa")
+    assert became_by_class(aal.describe(net))["ReLU"] == "keeps one bit"
+
+
+def test_a_parameter_of_the_users_called_aux_is_not_abas():
+    net = nn.Sequential(nn.Linear(4, 4))
+    net[0].register_parameter("aux", nn.Parameter(torch.ones(4)))
+    assert became_by_class(aal.describe(aal.convert(net, "asa")))["Linear"] == "ASA: one bit"
+
+
+def test_reasons_of_parts_are_shown_with_the_whole():
+    net = model()
+    net[0][1].weight.requires_grad_(False)
+    aal.convert(net[0], "asa", include=["1", "3"])
+    reason = "its weight is frozen, so that it keeps no input anyway"
+    assert aal.describe(net).left_alone == {"*.*": reason}
+    assert aal.describe(net[0]).left_alone == {"*": reason}
+
+
 def test_a_model_that_was_not_converted_has_no_rows():
     description = aal.describe(model())
     assert description.rows == [] and description.left_alone == {}
