@@ -1,11 +1,11 @@
 """Triton kernel of ``batch_norm``; imported only when a CUDA tensor arrives."""
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from aal.ops.launch import on_device_of
 
 # 16 elements for each of a program's 128 threads, in half precision two loads of 16 bytes: more
 # would take too many registers where rows of 7 x 7 pixels make the loads single elements.
@@ -63,7 +63,7 @@ def normalise_relu_triton(
     width = min(triton.next_power_of_2(columns), _COLUMNS_AT_MOST)
     height = _ELEMENTS_PER_PROGRAM // width
     parameters = [tensor.contiguous() for tensor in (weight, bias, mean, rstd)]
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with on_device_of(x):
         _normalise_relu_kernel[(triton.cdiv(rows, height), triton.cdiv(columns, width))](
             x,
             *parameters,

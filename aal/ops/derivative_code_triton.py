@@ -4,13 +4,14 @@ All arithmetic is in float32. A threshold is compared with the input itself, so 
 precision, too, a published threshold is met exactly.
 """
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from aal.ops.launch import on_device_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -125,7 +126,7 @@ def coded_activation_triton(x: Tensor, name: str, thresholds: Sequence[float]) -
         for _ in range(2 if thresholds else 1)
     ]
     if num_bytes:
-        with _on_device_of(x):
+        with on_device_of(x):
             _activation_kernel[_grid(num_bytes)](
                 x,
                 y,
@@ -150,7 +151,7 @@ def multiply_by_derivative_triton(
     if levels:  # rounded as a tensor of them would be
         levels = torch.tensor(levels, dtype=grad.dtype).tolist()
     if grad.numel():
-        with _on_device_of(grad):
+        with on_device_of(grad):
             _product_kernel[_grid(planes[0].numel())](
                 grad,
                 planes[0],
@@ -167,8 +168,3 @@ def multiply_by_derivative_triton(
 
 def _grid(num_bytes: int) -> tuple[int]:
     return (triton.cdiv(num_bytes, _BYTES_PER_PROGRAM),)
-
-
-def _on_device_of(x: Tensor):
-    """Launch where ``x`` lives, whatever device is current; nothing to do for the interpreter."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

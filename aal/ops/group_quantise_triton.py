@@ -4,14 +4,13 @@ Products and sums are not fused and divisions are exact, so that the results are
 definition to the last bit.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from aal.ops.group_quantise import LIMIT, SUPERBLOCK, TINY, GroupCode, empty_code
+from aal.ops.launch import on_device_of
 from aal.ops.noise import PERIOD, Noise, table
 
 _COLUMNS = 64  # elements of every group of a superblock that are handled at a time; divides a group
@@ -154,7 +153,7 @@ def quantise_groups_triton(
     x = x.contiguous()
     code = GroupCode(*empty_code(x, bits, group))
     if x.numel():
-        with _on_device_of(x):
+        with on_device_of(x):
             _quantise_kernel[(len(code.frame),)](
                 x,
                 table(noise.seed, x.device),
@@ -185,7 +184,7 @@ def dequantise_groups_triton(
     out = torch.empty(numel, dtype=dtype, device=code.codes.device)
     groups = len(code.low)
     if numel:
-        with _on_device_of(out):
+        with on_device_of(out):
             _dequantise_kernel[(triton.cdiv(groups, _GROUPS_PER_PROGRAM),)](
                 *code,
                 out,
@@ -207,8 +206,3 @@ def _bytes_at_a_time(bits: int, group: int) -> int:
     """The largest power of two, up to ``_COLUMNS``, that divides a group's bytes."""
     group_bytes = group * bits // 8
     return min(group_bytes & -group_bytes, _COLUMNS)
-
-
-def _on_device_of(x: Tensor):
-    """Launch where ``x`` lives, whatever device is current; nothing to do for the interpreter."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -1,11 +1,11 @@
 """Triton kernels of ``sign_linear``; imported only when a CUDA tensor arrives."""
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from aal.ops.launch import on_device_of
 
 _BYTES_PER_PROGRAM = 512  # 32 elements per thread: four loads of 16 bytes in half precision
 
@@ -103,7 +103,7 @@ def _launch_add_sign(x: Tensor, h: Tensor, packed: Tensor | None, low: int, epsi
     num_bytes = triton.cdiv(x.numel(), 8)
     step = torch.tensor(epsilon, dtype=x.dtype, device="cpu").item()  # rounded before it is added
     if num_bytes:
-        with _on_device_of(x):
+        with on_device_of(x):
             _add_sign_kernel[(triton.cdiv(num_bytes, _BYTES_PER_PROGRAM),)](
                 x, h, packed, x.numel(), num_bytes, step, low * step, BYTES=_BYTES_PER_PROGRAM
             )
@@ -124,7 +124,7 @@ def gradient_from_bits_triton(
     rows_per_program = triton.cdiv(triton.cdiv(rows, parts), _ROWS) * _ROWS
     sums = grad_output.new_empty(parts, outputs, columns, dtype=torch.float32)
     if sums.numel():
-        with _on_device_of(grad_output):
+        with on_device_of(grad_output):
             _gradient_kernel[(*tiles, parts)](
                 grad_output,
                 packed,
@@ -143,8 +143,3 @@ def gradient_from_bits_triton(
                 num_stages=3,
             )
     return sums[0] if parts == 1 else sums.sum(0)
-
-
-def _on_device_of(x: Tensor):
-    """Launch where ``x`` lives, whatever device is current; nothing to do for the interpreter."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

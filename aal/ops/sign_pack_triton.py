@@ -1,11 +1,11 @@
 """Triton kernels of ``sign_pack``; imported only when a CUDA tensor arrives."""
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from aal.ops.launch import on_device_of
 
 _BYTES_PER_PROGRAM = 512
 
@@ -39,7 +39,7 @@ def pack_sign_triton(x: Tensor) -> Tensor:
     num_bytes = triton.cdiv(x.numel(), 8)
     packed = torch.empty(num_bytes, dtype=torch.uint8, device=x.device)
     if num_bytes:
-        with _on_device_of(x):
+        with on_device_of(x):
             _pack_kernel[_grid(num_bytes)](
                 x, packed, x.numel(), num_bytes, BYTES=_BYTES_PER_PROGRAM
             )
@@ -52,7 +52,7 @@ def unpack_sign_triton(packed: Tensor, numel: int, dtype: torch.dtype, low: int)
     storage_dtype = torch.uint8 if dtype == torch.bool else dtype
     out = torch.empty(numel, dtype=storage_dtype, device=packed.device)
     if numel:
-        with _on_device_of(packed):
+        with on_device_of(packed):
             _unpack_kernel[_grid(packed.numel())](
                 packed, out, numel, packed.numel(), low, BYTES=_BYTES_PER_PROGRAM
             )
@@ -61,8 +61,3 @@ def unpack_sign_triton(packed: Tensor, numel: int, dtype: torch.dtype, low: int)
 
 def _grid(num_bytes: int) -> tuple[int]:
     return (triton.cdiv(num_bytes, _BYTES_PER_PROGRAM),)
-
-
-def _on_device_of(x: Tensor):
-    """Launch where ``x`` lives, whatever device is current; nothing to do for the interpreter."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
