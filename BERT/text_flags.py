@@ -60,6 +60,8 @@ def check_text_flags(args: argparse.Namespace) -> None:
             raise UserError(f"{_flag(name)} goes with --task tsv, not {args.task}")
     if len(given.get("text_columns", ())) > 2:
         raise UserError("--text-columns names one column, or two for pairs of texts")
+    if given.get("label_column") in given.get("text_columns", ()):
+        raise UserError(f"--label-column {args.label_column} is one of --text-columns")
     inert, where = (), ""
     if "model_path" in args:
         inert, where = tuple(USUAL_TEXTS), "with --model-path"

@@ -22,11 +22,15 @@ def read(path: Path, text_columns: Sequence[str], label_column: str) -> list[Row
         text_columns: names of one column or two.
 
     Raises:
-        UserError: the file is missing, is no UTF-8, lacks a column or rows, or a row has another
-            number of values than the first line, or no label; the text names file, line and column.
+        UserError: the file is missing, is empty, is no UTF-8, lacks a column or rows, or a row has
+            another number of values than the first line, or no label; the text names file, line
+            and column.
     """
     lines = _lines(path)
-    names = next(lines, (0, ""))[1].split("\t")
+    _, first = next(lines, (0, ""))
+    if not first:
+        raise UserError(f"{path} is empty")
+    names = first.split("\t")
     columns = [_place(path, names, column) for column in (*text_columns, label_column)]
     rows = []
     for number, line in lines:

@@ -44,7 +44,8 @@ def test_only_a_line_feed_ends_a_line(tmp_path: Path):
 
 ERRORS = {
     "no rows": (b"a\tb\tlabel\n", "x.tsv has no rows"),
-    "nothing": (b"", "x.tsv, line 1: no column 'a'"),
+    "nothing": (b"", "x.tsv is empty"),
+    "nothing but empty lines": (b"\xef\xbb\xbf\r\n\n", "x.tsv is empty"),
     "other columns": (b"a\tlabel\nx\t1\n", "x.tsv, line 1: no column 'b', only a, label"),
     "two columns of a name": (b"a\tb\ta\tlabel\n", "line 1: two columns are called 'a'"),
     "too few values": (b"a\tb\tlabel\nx\ty\t1\nx\t1\n", "x.tsv, line 3: 2 values between tabs"),

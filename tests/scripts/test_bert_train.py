@@ -499,6 +499,10 @@ BAD_COMMANDS = {
         ("--task", "tsv", *TABLE, "--text-columns", "a", "b", "d"),
         "one column, or two",
     ),
+    "label among the texts": (
+        ("--task", "tsv", *TABLE, "--text-columns", "a", "c"),
+        "--label-column c is one of --text-columns",
+    ),
     "missing table": (("--task", "tsv", *TABLE, "--text-columns", "a"), "there is no file x.tsv"),
     "columns of mrpc": (("--label-column", "a"), "--label-column goes with --task tsv, not mrpc"),
 }
