@@ -75,7 +75,7 @@ class ReadingAttention(Converted):
             y = self._apply_in(inputs[first], slice(first * width, last * width))
             if last - first > 1:  # one copy for all, as PyTorch makes it
                 y = y.unflatten(-1, (last - first, width)).unsqueeze(0).transpose(0, -2)
-                parts += y.squeeze(-2).contiguous()
+                parts += y.squeeze(-2).contiguous().unbind()
             else:
                 parts.append(y)
         return parts
