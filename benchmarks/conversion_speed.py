@@ -5,7 +5,7 @@
 Forward and backward pass of BERT-Base of transformers (4 texts of 128 tokens, dropout 0.1),
 ViT-B/16 (2 images) and ResNet-50 (4 images) of torchvision, in float32. One model of each kind is
 converted anew, which takes milliseconds, as the settings take turns; each is compared with the
-``bp`` step of its own round.
+``bp`` step of its own round. On one thread, so that another one does not disturb it.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import aal
 
-ROUNDS = 9
+ROUNDS = 5
 TRANSFORMER = {
     "bp": ("bp", {}),
     "bp, lean exact": ("bp", {"lean": "exact"}),
@@ -60,6 +60,7 @@ def steps(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, settings
 
 
 def main() -> None:
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     ids, classes = torch.randint(1000, 30000, (4, 128)), torch.randint(2, (4,))
     networks = {
