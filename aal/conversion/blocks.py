@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import nn
 
 from aal.conversion.swap import original_class
-from aal.rules.groups import first_of_groups
+from aal.rules.groups import first_of_groups, number_of_stages
 
 
 class Block(NamedTuple):
@@ -33,12 +33,15 @@ def residual_blocks(modules: Mapping[str, nn.Module], stride: Sequence[int]) -> 
     """The blocks of a ResNet in order; empty if there are none.
 
     Raises:
-        ValueError: ``stride`` has another length than the network has stages.
+        ValueError: ``stride`` does not have a number of at least 1 for each stage.
     """
     names = [name for name, module in modules.items() if _is_block(module)]
     if not names:
         return []
     changes = [modules[name].downsample is not None for name in names]
+    stages = number_of_stages(changes)
+    if len(stride) != stages or min(stride) < 1:
+        raise ValueError(f"the network needs {stages} group sizes >= 1, got {list(stride)}")
     firsts = first_of_groups(changes, stride)
     blocks = []
     for i, name in enumerate(names):

@@ -11,22 +11,21 @@ Source: Woo and Jeon, ICLR 2023.
 from collections.abc import Sequence
 
 
+def number_of_stages(changes_shape: Sequence[bool]) -> int:
+    """How many stages the blocks form, apart from the first block of a bottleneck network."""
+    return 1 + sum(changes_shape[1:])
+
+
 def first_of_groups(changes_shape: Sequence[bool], stride: Sequence[int]) -> list[bool]:
     """Which blocks, in order, are the first of their group.
 
     Args:
         changes_shape: of each block, does its output have another shape than its input?
         stride: blocks per group in each stage; 1 is backpropagation.
-
-    Raises:
-        ValueError: ``stride`` does not have a number of at least 1 for each stage.
     """
     changes, firsts = list(changes_shape), []
     if changes[0]:  # the first block of a bottleneck network, before the stages
         firsts, changes = [True], changes[1:]
-    stages = 1 + sum(changes)
-    if len(stride) != stages or min(stride) < 1:
-        raise ValueError(f"the network needs {stages} group sizes >= 1, got {list(stride)}")
     stage, place = 0, 0
     for closes_stage in changes:
         firsts.append(place % stride[stage] == 0)
