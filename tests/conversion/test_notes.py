@@ -220,7 +220,7 @@ def test_a_tensor_is_saved_to_a_file_without_its_note(tmp_path):
     y = aal.convert(nn.Sequential(nn.LayerNorm(5)), "bp", lean="exact")(torch.randn(4, 5))
     assert note_of(y).base is not None
     torch.save(y, tmp_path / "y.pt")
-    assert_same_bits(torch.load(tmp_path / "y.pt"), y)
+    assert_same_bits(torch.load(tmp_path / "y.pt", weights_only=True), y)
 
 
 def test_layers_that_read_one_tensor_share_its_signs():
