@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,11 @@ EPSILON = 0.01  # a number of no dtype: it is rounded
 SIZES = (0, 1, 7, 8, 9, 511, 512, 513, 4097)
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "sign_kernels.py"
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Triton 3.6, of PyTorch 2.11, cannot interpret a loop to a bound that is an argument.
+loops = pytest.mark.skipif(
+    version("triton").startswith("3.6.") and not torch.cuda.is_available(),
+    reason="needs a newer interpreter, or a CUDA device",
+)
 both_codes = pytest.mark.parametrize("low", [-1, 0])
 
 # Rows, outputs and columns, around the edges of tiles of 64, 128 and 128.
@@ -159,6 +165,7 @@ def test_gradient_from_bits_is_the_written_formula(sizes, scaled, low, device):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * sizes[0])
 
 
+@loops
 @both_codes
 @pytest.mark.parametrize("scaled", [False, True], ids=["no-scale", "scale"])
 @LOW_PRECISION
@@ -176,6 +183,7 @@ def test_kernel_rounds_the_gradient_no_worse_than_its_definition(sizes, dtype, s
     )
 
 
+@loops
 def test_gradient_of_shared_rows_is_the_same_every_time(device):
     given = product(*PARTS, torch.float16, scaled=False)
     grad, packed = given[0].to(device), given[2].to(device)
@@ -186,6 +194,7 @@ def test_gradient_of_shared_rows_is_the_same_every_time(device):
     assert_same_bits(*found)
 
 
+@loops
 def test_gradient_kernel_takes_a_cotangent_of_other_strides(device):
     grad, x, packed, _ = product(65, 9, 16, torch.float16, scaled=False)
     other = grad.T.contiguous().T.to(device)

@@ -118,7 +118,7 @@ def test_the_papers_commands_run_as_printed(
 def test_its_make_targets_exist():
     targets = re.findall(r"^make (\S+)", "\n".join(_blocks("sh")), flags=re.MULTILINE)
     makefile = (ROOT / "Makefile").read_text()
-    assert {"demo", "test", "bench-cpu"} == set(targets)
+    assert {"demo", "test", "bench-cpu", "bench-gpu"} == set(targets)
     for target in targets:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
