@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from aal.conversion.linear import BiasRule, SignLinear, SignRule, learns, sign_linear
+from aal.conversion.linear import BiasRule, SignLinear, SignRule, sign_linear
 from aal.conversion.notes import Note, Step, note_of, read, write_note
 from aal.conversion.swap import Converted
 from aal.lean.operations import LinearOperation
 from aal.rules.aba import linear_aba
+from aal.rules.layer import learns
 
 
 class ReadingAttention(Converted):

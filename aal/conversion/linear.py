@@ -20,12 +20,7 @@ from aal.ops.sign_pack import SignCode, sign_code
 from aal.rules.aba import Conv2dABA, LinearABA, linear_aba
 from aal.rules.ara import Conv2dARA
 from aal.rules.asa import Conv2dASA, LinearASA, auxiliary_sign, linear_asa, sign_operation
-from aal.rules.layer import RuleLayer
-
-
-def learns(weight: Tensor) -> bool:
-    """Will autograd ask for the gradient of a weight?"""
-    return weight.requires_grad and torch.is_grad_enabled()
+from aal.rules.layer import RuleLayer, learns
 
 
 def shared_code(x: Tensor, note: Note) -> SignCode:

@@ -46,7 +46,7 @@ from aal.ops.sign_pack import (
     signs,
     unpack_sign,
 )
-from aal.rules.layer import Conv2dRule, Observer, RuleLayer, batched
+from aal.rules.layer import Conv2dRule, Observer, RuleLayer, batched, learns
 
 SCALES = ("fixed", "mean")
 
@@ -242,7 +242,7 @@ def linear_asa(
         (..., D); see ``LinearASAFunction`` for what is exact.
     """
     x = cast_input(x, weight).contiguous()
-    keeps = _keeps_signs(weight)
+    keeps = learns(weight)
     packed, layout = _shared(code, x, keeps)
     if packed is not None and layout != layout_in_rows(x.shape):
         signs_in_rows = unpack_sign(packed, layout, torch.bool, low=0).contiguous()
@@ -277,7 +277,7 @@ def conv2d_asa(
     """
     where = geometry(weight, stride, padding, dilation, groups)
     x = cast_input(x, weight)
-    keeps = _keeps_signs(weight)
+    keeps = learns(weight)
     kept = (*_shared(code, x, keeps), keeps)
     how = (where, _low(relu), epsilon, lr_expansion * epsilon)
     return batched(lambda x: Conv2dASAFunction.apply(x, *kept, weight, bias, *how), x)
@@ -382,11 +382,6 @@ def _sign(relu: bool, epsilon: float, lr_expansion: float, scale: str) -> _Sign:
     if scale not in SCALES:
         raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
     return _Sign(_low(relu), epsilon, lr_expansion * epsilon, scale == "mean")
-
-
-def _keeps_signs(weight: Tensor) -> bool:
-    """Will backward ask for the gradient of a weight, and so for signs?"""
-    return weight.requires_grad and torch.is_grad_enabled()
 
 
 def _shared(code: SignCode | None, x: Tensor, keeps: bool) -> tuple[Tensor | None, Layout | None]:

@@ -64,3 +64,8 @@ def batched(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     if inputs[0].dim() == 3:
         return function(*(x.unsqueeze(0) for x in inputs)).squeeze(0)
     return function(*inputs)
+
+
+def learns(weight: Tensor) -> bool:
+    """Will autograd ask for the gradient of a weight?"""
+    return weight.requires_grad and torch.is_grad_enabled()
