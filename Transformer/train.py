@@ -72,7 +72,7 @@ INERT = {"bpe": "min_freq", "words": "vocab_size"}  # by tokeniser
 MAX_BEAM, MAX_LENGTH_PENALTY = 1000, 10
 _EVERY_EPOCH = "is gone; every epoch is recorded in metrics.jsonl, and its state in last.pth"
 REJECTED = {
-    "--enable-tensorboard": "is gone; metrics.jsonl always records the run",
+    "--enable-tensorboard": "is now --tensorboard; metrics.jsonl always records the run",
     "--console-log-freq": _EVERY_EPOCH,
     "--checkpoint-freq": _EVERY_EPOCH,
 }

@@ -21,6 +21,7 @@ from aal.training.files import read_checkpoint
 from aal.training.loop import Task, Trainer
 from aal.training.recipe import Recipe
 from aal.training.run_folder import RunFolder, check_agrees
+from aal.training.tensorboard import EventFile, check_installed
 
 _MAX_NAME = 230  # bytes; 255 are possible, and files in the folder add some
 
@@ -36,6 +37,7 @@ def add_arguments(parser: Parser) -> None:
     add("--model-path", type=Path, default=absent, help=help)
     add_compression_flags(parser)
     parser.add_switch("--get-li", help="record Learning Indicators")
+    parser.add_switch("--tensorboard", help="write TensorBoard's event files into the run's folder")
     parser.add_switch("--resume", help="continue the run of the same settings")
     parser.add_switch("--checkpoint", help="the old name of --resume")
     parser.add_switch("--dry-run", help="two steps on random data; writes nothing")
@@ -87,6 +89,8 @@ class Run:
         self.config = {**self.options, **self.compression.config(), **asdict(self.settings)}
         self.config["get_li"] = args.get_li
         args.resume = args.resume or args.checkpoint
+        if args.tensorboard:
+            check_installed()
         refuse_together(args, "model_path", "dry_run", "resume")
         refuse_together(args, "dry_run", "resume")
         self.folder = None
@@ -223,6 +227,9 @@ class Run:
                 trainer.recorder.resume(self.folder.indicator_names)
         elif worker.is_main:
             self.folder.start(self.config)
+        events = None
+        if self.args.tensorboard and worker.is_main:
+            events = EventFile(self.folder.path / "tensorboard", self.folder.metrics)
         trainer.measure_saved_mib(loader)
         for epoch in range(first_epoch, self.settings.rounds):
             if trainer.compression is not None:
@@ -236,6 +243,8 @@ class Run:
             if worker.is_main:
                 state |= {"config": self.config, "function": self.function, "epoch": epoch + 1}
                 state |= {val_metric: row[val_metric], best_metric: best, **self.extras()}
+                if events is not None:  # first, as an epoch that is not finished is done again
+                    events.record(row)
                 self.folder.finish_epoch(row, indicator, state, is_best)
                 print(self._line(row, self.settings.round_name(epoch + 1)), flush=True)
         worker.barrier()

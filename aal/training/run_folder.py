@@ -70,6 +70,7 @@ class RunFolder:
     def _is_begun_run(self, files: set[str]) -> bool:
         """Are these the files that a run leaves before its first checkpoint, and no others?"""
         own = {"config.json", "environment.json", "metrics.jsonl", "best.pth", "compression.txt"}
+        own.add("tensorboard")
         own |= {f"{self.experiment}.npy", self._indicator_file.name}
         foreign = {name for name in files - own if not name.startswith(".")}  # cut-off writes
         try:

@@ -347,5 +347,5 @@ def test_the_flags_are_these(call: Callable):
         --imagenet-data-path --tiny-imagenet-data-path --optimizer --scheduler --decay-type --lr
         --learning-rate --epochs --max-epochs --batch-size --train-batch-size --test-batch-size
         --eval-batch-size --amp --device --workers --num-workers --seed --output --output-dir
-        --model-path --get-li --resume --checkpoint --dry-run""".split()
+        --model-path --get-li --tensorboard --resume --checkpoint --dry-run""".split()
     )
