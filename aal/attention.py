@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from aal.lean import replay
 from aal.method import Method
 from aal.ops.sign_pack import SignCode
+from aal.rules.signed import in_turn
 
 
 class _Attention(nn.Module):
@@ -36,7 +37,7 @@ class _Attention(nn.Module):
         """``linear`` of ``x`` after the layers ``before``, whose results need not be kept."""
         if self.method.is_lean and before:
             return replay(x, *before, linear)
-        return _in_turn(x, *before, linear)
+        return in_turn(x, *before, linear)
 
     def _heads(self, x: Tensor, projections: int) -> Tensor:
         """(B, T, P * C) -> (P, B, heads, T, C / heads)."""
@@ -99,11 +100,11 @@ class SelfAttention(_Attention):
 
     def stock_forward(self, x: Tensor, *before: nn.Module, mask: Tensor | None = None) -> Tensor:
         """Layer by layer; see ``aal.memory.report``."""
-        return self._attend_merged(_in_turn(x, *before, self.qkv), mask)
+        return self._attend_merged(in_turn(x, *before, self.qkv), mask)
 
     def step(self, x: Tensor, cache: "KeyValueCache", *before: nn.Module) -> Tensor:
         """The last of a growing sequence: (B, 1, C) -> (B, 1, C); ``cache`` holds the others."""
-        q, k, v = self._heads(_in_turn(x, *before, self.qkv), 3)
+        q, k, v = self._heads(in_turn(x, *before, self.qkv), 3)
         return self._attend(q, *cache.append(k, v), mask=None)
 
     def _attend_merged(self, qkv: Tensor, mask: Tensor | None) -> Tensor:
@@ -144,7 +145,7 @@ class CrossAttention(_Attention):
         code: SignCode | None = None,
     ) -> Tensor:
         """Layer by layer; see ``aal.memory.report``."""
-        return self._attend_projected(_in_turn(x, *before, self.q), self.kv(memory), mask)
+        return self._attend_projected(in_turn(x, *before, self.q), self.kv(memory), mask)
 
     def keys_values(self, memory: Tensor) -> Tensor:
         """What ``step`` reads of the memory: (B, S, C) -> (2, B, heads, S, C / heads)."""
@@ -154,7 +155,7 @@ class CrossAttention(_Attention):
         self, x: Tensor, keys_values: Tensor, mask: Tensor | None, *before: nn.Module
     ) -> Tensor:
         """(B, T, C) -> (B, T, C), each of the T tokens by itself."""
-        (q,) = self._heads(_in_turn(x, *before, self.q), 1)
+        (q,) = self._heads(in_turn(x, *before, self.q), 1)
         return self._attend(q, *keys_values, mask)
 
     def _attend_projected(self, q: Tensor, kv: Tensor, mask: Tensor | None) -> Tensor:
@@ -191,9 +192,3 @@ class KeyValueCache:
             torch.index_select(buffer[: self.length], 1, rows, out=kept[: self.length])
             selected.append(kept)
         self._buffers = tuple(selected)
-
-
-def _in_turn(x: Tensor, *layers: nn.Module) -> Tensor:
-    for layer in layers:
-        x = layer(x)
-    return x

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from aal.lean import CodedActivation, PackedReLU, activation_coded, replay
 from aal.method import Method
 from aal.rules.asa import LinearASA
+from aal.rules.signed import in_turn
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
@@ -70,7 +71,8 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor, *before: nn.Module) -> Tensor:
         """Apply the layers ``before`` fc1 (a norm), whose output need not be kept, and the rest."""
         if not self.method.is_lean:
-            return self.stock_forward(x, *before)
+            y = in_turn(x, *before, self.fc1, self.act, self.drop1, self.fc2)
+            return self.drop2(self.act2(y))
         if self.method.gcp and self.method.lean == "exact":
             y = replay(x, *before, self.fc1, self.act, self.drop1, self.fc2)
         else:
@@ -92,5 +94,6 @@ class FeedForward(nn.Module):
             return replay(x, self.act, self.drop1, self.fc2)
         dropout = self.drop1.p if self.training else 0.0
         options = {"derivative": self.method.derivative, "dropout": dropout}
-        x, code = activation_coded(x, self.act, **options)
-        return self.fc2(x, code) if isinstance(self.fc2, LinearASA) else self.fc2(x)
+        if not isinstance(self.fc2, LinearASA):
+            return self.fc2(activation_coded(x, self.act, **options)[0])
+        return self.fc2(*activation_coded(x, self.act, addition=self.fc2.addition(), **options))

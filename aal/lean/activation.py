@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from aal.ops.activation import Activation, activation_of
+from aal.ops.addition import Addition, maker_adds
 from aal.ops.derivative_code import Table, coded_activation, multiply_by_derivative, table_of
 from aal.ops.dropout import dropout, dropout_backward
 from aal.ops.sign_pack import (
@@ -20,7 +21,8 @@ from aal.ops.sign_pack import (
 class CodedActivationFunction(torch.autograd.Function):
     """An activation function, and perhaps dropout behind it, that keeps a code of its derivative.
 
-    Forward     y = dropout(f(x)), exact but for the rounding of GELU and SiLU on CUDA
+    Forward     y = dropout(f(x)), exact but for the rounding of GELU and SiLU on CUDA; without
+                dropout perhaps y + epsilon * s, for a layer under ASA that would add it
     Backward    grad_input = dropout's gradient(grad_output) * d(x)
                 exact for ReLU; approximate for GELU and SiLU: d has the four steps of ``table``
                 where f' is smooth
@@ -35,9 +37,16 @@ class CodedActivationFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, activation: Activation, table: Table | None, probability: float):
+    def forward(
+        ctx,
+        x: Tensor,
+        activation: Activation,
+        table: Table | None,
+        probability: float,
+        addition: Addition | None,
+    ):
         ctx.table, ctx.probability = table, probability
-        y, planes = coded_activation(x, activation, table)
+        y, planes = coded_activation(x, activation, table, addition)
         mask = ()
         if probability:
             y, *mask = dropout(y, probability)
@@ -55,11 +64,16 @@ class CodedActivationFunction(torch.autograd.Function):
         planes, mask = saved[: ctx.num_planes], saved[ctx.num_planes :]
         if mask:
             grad_output = dropout_backward(grad_output, ctx.probability, *mask)
-        return multiply_by_derivative(grad_output, planes, ctx.table), None, None, None
+        return multiply_by_derivative(grad_output, planes, ctx.table), None, None, None, None
 
 
 def activation_coded(
-    x: Tensor, layer: nn.Module, *, derivative: str = "fitted", dropout: float = 0.0
+    x: Tensor,
+    layer: nn.Module,
+    *,
+    derivative: str = "fitted",
+    dropout: float = 0.0,
+    addition: Addition | None = None,
 ) -> tuple[Tensor, SignCode | None]:
     """``F.dropout(layer(x), dropout)`` that keeps a code of the derivative.
 
@@ -68,6 +82,7 @@ def activation_coded(
         layer: ``nn.ReLU``, ``nn.GELU`` or ``nn.SiLU``.
         derivative: "fitted" to the derivative, or "published" (ReGELU2, ReSiLU2).
         dropout: probability; 0 outside of training.
+        addition: as ``function_coded``.
 
     Returns:
         As ``function_coded``.
@@ -75,13 +90,22 @@ def activation_coded(
     Raises:
         TypeError: another layer.
     """
-    return function_coded(x, *_coded(layer, derivative), dropout)
+    return function_coded(x, *_coded(layer, derivative), dropout, addition)
 
 
 def function_coded(
-    x: Tensor, activation: Activation, table: Table | None, dropout: float = 0.0
+    x: Tensor,
+    activation: Activation,
+    table: Table | None,
+    dropout: float = 0.0,
+    addition: Addition | None = None,
 ) -> tuple[Tensor, SignCode | None]:
     """``activation_coded`` for a function and the steps of its derivative.
+
+    Args:
+        addition: what the layer under ASA that reads the result, and the code, would add to it. It
+            is added here where that pays (see ``aal.ops.addition``) and there is no dropout: then
+            the code says so.
 
     Returns:
         The result, and its signs for a layer under ASA to share, if there is a code that holds
@@ -90,14 +114,17 @@ def function_coded(
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
         return F.dropout(activation.forward(x), dropout), None
-    layout = layout_in_rows(x.shape)
+    how = (activation, table, dropout)
+    layout, holds_sign = layout_in_rows(x.shape), table is None or table.holds_sign
+    if not (maker_adds(x) and holds_sign and not dropout):
+        addition = None
     if _is_channels_last(x) and not dropout:  # whose random numbers are drawn in rows
         layout = layout_of(x)
-        y, signs = CodedActivationFunction.apply(in_memory_order(x), activation, table, 0.0)
+        y, signs = CodedActivationFunction.apply(in_memory_order(x), *how, addition)
         y = from_memory_order(y, layout)
     else:
-        y, signs = CodedActivationFunction.apply(x, activation, table, dropout)
-    return y, SignCode(signs, layout) if table is None or table.holds_sign else None
+        y, signs = CodedActivationFunction.apply(x, *how, addition)
+    return y, SignCode(signs, layout, addition is not None) if holds_sign else None
 
 
 def _is_channels_last(x: Tensor) -> bool:

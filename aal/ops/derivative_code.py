@@ -7,8 +7,9 @@ input, and of the output of GELU, SiLU and ReLU, which is all that a layer under
 
 The derivative of ReLU is told exactly by the first plane alone.
 
-On CUDA the activation function and its planes are one Triton kernel, and the product with the
-derivative another (``derivative_code_triton``). The plain functions are the definition.
+On CUDA the activation function, its planes and the addition that a layer under ASA makes are one
+Triton kernel, and the product with the derivative another (``derivative_code_triton``). The plain
+functions are the definition.
 """
 
 import functools
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aal.ops.activation import Activation
+from aal.ops.addition import NO_ADDITION, Addition
 from aal.ops.sign_pack import layout_in_rows, pack_sign, unpack_sign
 from aal.ops.tiles import tiles
 
@@ -65,17 +67,30 @@ def table_of(activation: Activation, derivative: str) -> Table | None:
 
 
 def coded_activation(
-    x: Tensor, activation: Activation, table: Table | None
+    x: Tensor, activation: Activation, table: Table | None, addition: Addition | None = None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """``activation.forward(x)``, and the planes of ``encode_derivative`` at x.
 
+    With ``addition`` the result is ``y + epsilon * s``, for the signs s that the first plane holds.
     On CUDA the result is within the rounding of PyTorch's. An activation of another type has a
     forward pass of its own, which no kernel replaces.
     """
+    thresholds = table.thresholds if table else ()
     if type(activation) is Activation and x.is_cuda and x.is_contiguous():
-        y, *planes = _coded_activation(x, activation.name, table.thresholds if table else ())
+        y, *planes = _coded_activation(x, activation.name, thresholds, *(addition or NO_ADDITION))
         return y, tuple(planes)
-    return activation.forward(x), encode_derivative(x, table)
+    y, *planes = _coded(x, activation, thresholds, addition or NO_ADDITION)
+    return y, tuple(planes)
+
+
+def _coded(
+    x: Tensor, activation: Activation, thresholds: Sequence[float], addition: Addition
+) -> list[Tensor]:
+    """Definition of the kernel."""
+    y, planes = activation.forward(x), _planes(x, thresholds)
+    if addition.epsilon:
+        y = y + addition.of_bits(planes[0], x.shape, x.dtype)
+    return [y, *planes]
 
 
 def encode_derivative(x: Tensor, table: Table | None) -> tuple[Tensor, ...]:
@@ -123,21 +138,23 @@ def _product(grad: Tensor, planes: Sequence[Tensor], levels: Sequence[float]) ->
 
 
 @torch.library.custom_op("aal::coded_activation", mutates_args=())
-def _coded_activation(x: Tensor, name: str, thresholds: Sequence[float]) -> list[Tensor]:
-    return [Activation(name).forward(x.contiguous()), *_planes(x, thresholds)]
+def _coded_activation(
+    x: Tensor, name: str, thresholds: Sequence[float], low: int, epsilon: float
+) -> list[Tensor]:
+    return _coded(x.contiguous(), Activation(name), thresholds, Addition(low, epsilon))
 
 
 @_coded_activation.register_kernel("cuda")
-def _(x: Tensor, name: str, thresholds: Sequence[float]) -> list[Tensor]:
+def _(x: Tensor, name: str, thresholds: Sequence[float], low: int, epsilon: float) -> list[Tensor]:
     from aal.ops.derivative_code_triton import DTYPES, coded_activation_triton
 
     if x.dtype not in DTYPES:
-        return [Activation(name).forward(x.contiguous()), *_planes(x, thresholds)]
-    return coded_activation_triton(x, name, thresholds)
+        return _coded(x.contiguous(), Activation(name), thresholds, Addition(low, epsilon))
+    return coded_activation_triton(x, name, thresholds, Addition(low, epsilon))
 
 
 @_coded_activation.register_fake
-def _(x: Tensor, name: str, thresholds: Sequence[float]) -> list[Tensor]:
+def _(x: Tensor, name: str, thresholds: Sequence[float], low: int, epsilon: float) -> list[Tensor]:
     num_planes = 2 if thresholds else 1
     num_bytes = (x.numel() + 7) // 8
     return [

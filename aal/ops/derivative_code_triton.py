@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aal.ops.addition import NO_ADDITION, Addition
 from aal.ops.launch import on_device_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -64,8 +65,11 @@ def _activation_kernel(
     low,
     middle,
     high,
+    added_above,
+    added_below,
     NAME: tl.constexpr,
     HAS_OUTER: tl.constexpr,
+    ADDS: tl.constexpr,
     BYTES: tl.constexpr,
 ):
     byte = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)
@@ -74,8 +78,12 @@ def _activation_kernel(
     inside = element < numel
     value = tl.load(x + element, mask=inside, other=0).to(tl.float32)
     result = _activate(value, NAME, y.dtype.element_ty == tl.float32)
-    tl.store(y + element, result.to(y.dtype.element_ty), mask=inside)
+    result = result.to(y.dtype.element_ty)
     above = inside & (value > middle)
+    if ADDS:  # to the rounded result, as a layer would
+        result = result.to(tl.float32) + tl.where(above, added_above, added_below)
+        result = result.to(y.dtype.element_ty)
+    tl.store(y + element, result, mask=inside)
     code = tl.sum(above.to(tl.int32) << bit, axis=1)
     tl.store(upper + byte, code.to(tl.uint8), mask=byte < num_bytes)
     if HAS_OUTER:
@@ -116,7 +124,9 @@ def _product_kernel(
     tl.store(out + element, value.to(out.dtype.element_ty), mask=inside)
 
 
-def coded_activation_triton(x: Tensor, name: str, thresholds: Sequence[float]) -> list[Tensor]:
+def coded_activation_triton(
+    x: Tensor, name: str, thresholds: Sequence[float], addition: Addition = NO_ADDITION
+) -> list[Tensor]:
     """``coded_activation`` as one kernel: reads x once, writes the result and each plane once."""
     x = x.contiguous()
     num_bytes = triton.cdiv(x.numel(), 8)
@@ -135,8 +145,10 @@ def coded_activation_triton(x: Tensor, name: str, thresholds: Sequence[float]) -
                 x.numel(),
                 num_bytes,
                 *(thresholds or (0.0, 0.0, 0.0)),
+                *addition.rounded(x.dtype),
                 NAME=name,
                 HAS_OUTER=bool(thresholds),
+                ADDS=addition.epsilon != 0,
                 BYTES=_BYTES_PER_PROGRAM,
             )
     return [y, *planes]

@@ -52,6 +52,8 @@ def linear_plus_sign(
     x: Tensor, weight: Tensor, bias: Tensor | None, low: int, epsilon: float
 ) -> Tensor:
     """``F.linear(x + epsilon * s, weight, bias)``: (rows, D)."""
+    if not epsilon:
+        return F.linear(x, weight, bias)
     pieces = list(tiles(*x.shape, x.device))
     if len(pieces) < 2:
         return F.linear(add_sign(x, low, epsilon), weight, bias)

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aal.ops.addition import Addition
 from aal.ops.launch import on_device_of
 
 _BYTES_PER_PROGRAM = 512  # 32 elements per thread: four loads of 16 bytes in half precision
@@ -101,11 +102,16 @@ def add_sign_pack_triton(x: Tensor, low: int, epsilon: float) -> tuple[Tensor, T
 
 def _launch_add_sign(x: Tensor, h: Tensor, packed: Tensor | None, low: int, epsilon: float) -> None:
     num_bytes = triton.cdiv(x.numel(), 8)
-    step = torch.tensor(epsilon, dtype=x.dtype, device="cpu").item()  # rounded before it is added
     if num_bytes:
         with on_device_of(x):
             _add_sign_kernel[(triton.cdiv(num_bytes, _BYTES_PER_PROGRAM),)](
-                x, h, packed, x.numel(), num_bytes, step, low * step, BYTES=_BYTES_PER_PROGRAM
+                x,
+                h,
+                packed,
+                x.numel(),
+                num_bytes,
+                *Addition(low, epsilon).rounded(x.dtype),
+                BYTES=_BYTES_PER_PROGRAM,
             )
 
 

@@ -38,10 +38,15 @@ def layout_in_rows(shape: tuple[int, ...]) -> Layout:
 
 
 class SignCode(NamedTuple):
-    """The signs of a tensor at one bit each; make one with ``sign_code``."""
+    """The signs of a tensor at one bit each; make one with ``sign_code``.
+
+    Where ``is_added``, the tensor that comes with the code is no longer x but ``x + epsilon * s``
+    of the layer that reads it.
+    """
 
     packed: Tensor
     layout: Layout
+    is_added: bool = False
 
 
 def sign_code(x: Tensor) -> SignCode:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from aal.ops.addition import Addition
 from aal.ops.autocast import cast, cast_input
 from aal.ops.convolution import (
     Geometry,
@@ -187,7 +188,7 @@ class Conv2dASAFunction(torch.autograd.Function):
             h, packed = add_sign_pack(x, low, epsilon)
             layout = layout_of(x)
         else:
-            h = add_sign(x, low, epsilon)
+            h = add_sign(x, low, epsilon) if epsilon else x
         ctx.layout, ctx.where, ctx.low, ctx.gain = layout, where, low, gain
         ctx.shape, ctx.dtype = x.shape, x.dtype
         ctx.save_for_backward(packed, weight)
@@ -236,7 +237,8 @@ def linear_asa(
         epsilon: size of the sign that is added to the input.
         lr_expansion: factor on the weight gradient, with scale="fixed".
         scale: "fixed", the paper's, or "mean": see ``LinearASAFunction``.
-        code: ``sign_code(x)``, where several layers read the same input and share one code.
+        code: ``sign_code(x)``, where several layers read the same input and share one code; where
+            ``code.is_added``, x is what this layer multiplies already.
 
     Returns:
         (..., D); see ``LinearASAFunction`` for what is exact.
@@ -248,6 +250,8 @@ def linear_asa(
         signs_in_rows = unpack_sign(packed, layout, torch.bool, low=0).contiguous()
         packed = pack_sign(signs_in_rows)
     sign = _sign(relu, epsilon, lr_expansion, scale)
+    if code is not None and code.is_added:
+        sign = sign._replace(epsilon=0.0)
     return LinearASAFunction.apply(x, packed, keeps, weight, bias, sign)
 
 
@@ -279,7 +283,8 @@ def conv2d_asa(
     x = cast_input(x, weight)
     keeps = learns(weight)
     kept = (*_shared(code, x, keeps), keeps)
-    how = (where, _low(relu), epsilon, lr_expansion * epsilon)
+    added = 0.0 if code is not None and code.is_added else epsilon
+    how = (where, _low(relu), added, lr_expansion * epsilon)
     return batched(lambda x: Conv2dASAFunction.apply(x, *kept, weight, bias, *how), x)
 
 
@@ -303,6 +308,12 @@ def auxiliary_sign(
 
 class _SignLayer(RuleLayer):
     """The options of both ASA layers; stands before the layer of PyTorch among the bases."""
+
+    def addition(self) -> Addition | None:
+        """What the maker of the input may add for this layer; None if it reads the input itself."""
+        if self.active_observer() is not None or not learns(self.weight):
+            return None
+        return Addition(_low(self.relu), self.epsilon)
 
     def __init__(self, *args, relu=False, epsilon=0.01, lr_expansion=100.0, **kwargs):
         super().__init__(*args, **kwargs)
@@ -389,4 +400,4 @@ def _shared(code: SignCode | None, x: Tensor, keeps: bool) -> tuple[Tensor | Non
     if code is not None and code.layout.shape != x.shape:
         shapes = f"{tuple(code.layout.shape)} but the input is {tuple(x.shape)}"
         raise ValueError(f"code is of a tensor of shape {shapes}")
-    return code if keeps and code is not None else (None, None)
+    return code[:2] if keeps and code is not None else (None, None)

@@ -10,6 +10,7 @@ from helpers import LOW_PRECISION, assert_no_worse, assert_same_bits, cotangent_
 from torch import Tensor
 
 from aal.ops.activation import Activation
+from aal.ops.addition import NO_ADDITION, Addition
 from aal.ops.derivative_code import (
     DERIVATIVES,
     Table,
@@ -221,14 +222,16 @@ def thresholds_of(table: Table | None) -> tuple[float, ...]:
     return table.thresholds if table else ()
 
 
-def run_activation_kernel(x: Tensor, name: str, table: Table | None) -> tuple[Tensor, list[Tensor]]:
+def run_activation_kernel(
+    x: Tensor, name: str, table: Table | None, addition: Addition = NO_ADDITION
+) -> tuple[Tensor, list[Tensor]]:
     """The result and the planes."""
     pytest.importorskip("triton")
     from aal.ops.derivative_code_triton import coded_activation_triton
 
     skip_where_kernels_do_not_run(x.device)
     with np.errstate(all="ignore"):  # the interpreter's warnings about infinities
-        y, *planes = coded_activation_triton(x, name, thresholds_of(table))
+        y, *planes = coded_activation_triton(x, name, thresholds_of(table), addition)
     return y, planes
 
 
@@ -280,6 +283,34 @@ def test_activation_kernel_rounds_no_worse_than_torch(numel, dtype, name, device
         torch.testing.assert_close(y, eager, rtol=2**-7, atol=1e-6)
     elif numel:
         assert_no_worse(y, eager, Activation(name).forward(x.double()))
+
+
+@pytest.mark.parametrize("low", [-1, 0])
+@pytest.mark.parametrize("table", [TABLES["fitted-gelu"], None], ids=["planes", "plane"])
+@every_name
+@every_kernel_dtype
+@pytest.mark.parametrize("numel", [0, 7, 4097])
+def test_activation_kernel_adds_what_a_layer_would(numel, dtype, name, table, low, device):
+    x = (3 * torch.randn(numel)).to(device, dtype)
+    x = x.masked_fill_(torch.rand(numel, device=device) < 0.2, 0)
+    y, planes = run_activation_kernel(x, name, table)
+    h, same_planes = run_activation_kernel(x, name, table, Addition(low, 0.01))
+    expected = y + 0.01 * torch.where(x > 0, 1, low).to(dtype)
+    rtol = 2**-7 if cut_off(x) else 0
+    torch.testing.assert_close(h, expected, rtol=rtol, atol=rtol)
+    assert_same_bits(same_planes, planes)
+
+
+@pytest.mark.parametrize("low", [-1, 0])
+@every_name
+@pytest.mark.parametrize("dtype", [torch.float64, *KERNEL_DTYPES], ids=str)
+def test_coded_activation_adds_what_a_layer_would(name, dtype, low, device):
+    activation, x = Activation(name), (3 * torch.randn(5, 9)).to(device, dtype)
+    table = table_of(activation, "fitted")
+    y, planes = coded_activation(x, activation, table)
+    h, same_planes = coded_activation(x, activation, table, Addition(low, 0.01))
+    assert_same_bits(h, y + 0.01 * torch.where(x > 0, 1, low).to(dtype))
+    assert_same_bits(same_planes, planes)
 
 
 def test_activation_kernel_of_relu_has_every_bit(device):
@@ -369,7 +400,9 @@ def test_coded_activation_is_the_function_and_the_planes(name, dtype, device):
 def test_kernels_obey_the_rules_of_custom_operators(name, numel, dtype, device):
     x, table = torch.randn(numel, device=device).to(dtype), table_of(Activation(name), "fitted")
     arguments = (x, name, list(thresholds_of(table)))
-    torch.library.opcheck(torch.ops.aal.coded_activation.default, arguments)
+    for addition in (NO_ADDITION, Addition(-1, 0.01)):
+        operator = torch.ops.aal.coded_activation.default
+        torch.library.opcheck(operator, (*arguments, *addition))
     planes, levels = list(encode_derivative(x, table)), list(table.levels if table else ())
     arguments = (x, planes, levels)
     torch.library.opcheck(torch.ops.aal.multiply_by_derivative.default, arguments)

@@ -5,10 +5,17 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same_bits, cotangent_of
+from helpers import LOW_PRECISION, assert_no_worse, assert_same_bits, cotangent_of
 from torch import Tensor
 
-from aal.ops.layer_norm import layer_norm, layer_norm_backward
+from aal.ops.addition import Addition
+from aal.ops.layer_norm import (
+    layer_norm,
+    layer_norm_add_sign,
+    layer_norm_add_sign_reference,
+    layer_norm_backward,
+)
+from aal.ops.sign_pack import pack_sign_reference
 
 EPS = 1e-6
 CASES = {
@@ -92,3 +99,86 @@ def test_statistics_are_those_of_each_row():
     _, mean, rstd = layer_norm(x, (7,), weight, bias, EPS)
     torch.testing.assert_close(mean, x.mean(1, keepdim=True))
     torch.testing.assert_close(rstd, (x.var(1, correction=0, keepdim=True) + EPS).rsqrt())
+
+
+# With what a layer under ASA adds
+
+WIDTHS = (1, 8, 16, 24, 33, 520)
+ADDITION = Addition(-1, 0.01)
+
+
+def kernel(x: Tensor, weight: Tensor, bias: Tensor, addition: Addition, dtype: torch.dtype):
+    pytest.importorskip("triton")
+    from aal.ops.layer_norm_triton import layer_norm_add_sign_triton
+
+    if x.device.type == "cpu" and torch.cuda.is_available():
+        pytest.skip("the kernels are compiled here, not interpreted")
+    return layer_norm_add_sign_triton(x, weight, bias, EPS, *addition, dtype)
+
+
+@pytest.mark.parametrize("low", [-1, 0])
+@pytest.mark.parametrize("columns", WIDTHS)
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_addition_is_that_of_a_layer(dtype, shape, columns, low, device):
+    given = tensors((*shape, columns), (columns,), True, dtype=dtype, device=device)
+    h, packed, mean, rstd = layer_norm_add_sign(*given, EPS, Addition(low, 0.01))
+    y, *statistics = layer_norm(given[0], (columns,), *given[1:], EPS)
+    expected = y + 0.01 * torch.where(y > 0, 1, low).to(dtype)
+    if device.type == "cpu":
+        assert_same_bits(
+            (h, packed, mean, rstd), (expected, pack_sign_reference(y.view(-1)), *statistics)
+        )
+        return
+    rtol = max(1e-5, 2 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(h, expected, rtol=rtol, atol=4 * rtol)
+    torch.testing.assert_close((mean, rstd), tuple(statistics), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("low", [-1, 0])
+@pytest.mark.parametrize("columns", [8, 16, 24, 520, 1032])
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 5)], ids=str)
+def test_kernel_is_the_definition(shape, columns, low, device):
+    given = tensors((*shape, columns), (columns,), True, device=device)
+    h, packed, mean, rstd = kernel(*given, Addition(low, 0.01), torch.float32)
+    exact = [t.double() for t in given]
+    options = (EPS, low, 0.01, torch.float64, torch.float64)
+    expected = layer_norm_add_sign_reference(*exact, *options)
+    eager = layer_norm_add_sign_reference(*given, EPS, low, 0.01, *2 * [torch.float32])
+    assert_same_bits(packed, eager[1])
+    for found, stock, true in zip(
+        (h, mean, rstd), eager[::2] + eager[3:], expected[::2], strict=False
+    ):
+        assert found.shape == stock.shape
+        if found.numel():
+            assert_no_worse(found, stock, true)
+
+
+@LOW_PRECISION
+def test_kernel_rounds_before_it_adds_as_a_layer_would(dtype, device):
+    """Under autocast x is in float32, and what a layer reads in half precision."""
+    given = tensors((65, 72), (72,), True, device=device)
+    h, packed, *_ = kernel(*given, ADDITION, dtype)
+    y = layer_norm(given[0], (72,), *given[1:], EPS)[0].to(dtype)
+    expected = y + 0.01 * torch.where(y > 0, 1, -1).to(dtype)
+    tolerance = 2 * torch.finfo(dtype).eps  # the interpreter cuts bfloat16 off
+    torch.testing.assert_close(h, expected, rtol=tolerance, atol=tolerance)
+    assert_same_bits(packed, pack_sign_reference(y.view(-1)))
+
+
+def test_kernel_of_a_constant_row_has_no_sign(device):
+    x = torch.full((3, 16), 5.0, device=device)
+    ones, zeros = torch.ones(16, device=device), torch.zeros(16, device=device)
+    h, packed, mean, rstd = kernel(x, ones, zeros, ADDITION, torch.float32)
+    torch.testing.assert_close(h, torch.full_like(x, -0.01))
+    assert not packed.any()
+    torch.testing.assert_close(mean, torch.full_like(mean, 5))
+    torch.testing.assert_close(rstd, torch.full_like(rstd, EPS**-0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns", [7, 16])
+def test_addition_obeys_the_rules_of_custom_operators(columns, dtype, device):
+    given = tensors((3, 5, columns), (columns,), True, dtype=dtype, device=device)
+    arguments = (*given, EPS, -1, 0.01, dtype, dtype)
+    torch.library.opcheck(torch.ops.aal.layer_norm_add_sign.default, arguments)
