@@ -1,4 +1,4 @@
-"""What people watch of real runs: TensorBoard's event files."""
+"""What people watch of real runs: TensorBoard's event files, and pictures."""
 
 import json
 import sys
@@ -10,6 +10,8 @@ import pytest
 from scripts.conftest import assert_refused, assert_same_results, run_folder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from aal.training import report
+from aal.training.recorded_run import read_run
 from aal.training.tensorboard import scalars
 
 WORDS = ("--learning-rule", "asa1", "--get-li", "--tensorboard")
@@ -77,3 +79,31 @@ def test_a_missing_package_is_asked_for_before_any_work(
     monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.record_writer", None)
     assert_refused(train("--epochs", 1, "--tensorboard"), 'pip install "aal[tensorboard]"')
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_picture_of_real_runs_holds_their_metrics(
+    train_vit: Callable, train_transformer: Callable, tmp_path: Path
+):
+    assert train_vit("--epochs", 2, *WORDS[:3])[0] == 0
+    vit = run_folder(tmp_path).rename(tmp_path / "vit")
+    assert train_transformer("--epochs", 1)[0] == 0
+    transformer = run_folder(tmp_path)
+    figure = report.draw([read_run(vit), read_run(transformer)])
+    drawn = {
+        axis.get_title(): [list(line.get_ydata()) for line in axis.get_lines()]
+        for axis in figure.axes
+    }
+    images, texts = recorded(vit), recorded(transformer)
+    for title, key in {
+        "accuracy, %": "val_accuracy",
+        "samples per second": "samples_per_s",
+    }.items():
+        assert drawn[title][0] == [row[key] for row in images]
+    for title, key in {"BLEU": "val_bleu", "tokens per second": "tokens_per_s"}.items():
+        assert drawn[title] == [[row[key] for row in texts]]
+    for title, key in {"loss": "val_loss", "saved memory, MiB": "saved_mib"}.items():
+        curves = [[row[key] for row in rows] for rows in (images, texts)]
+        assert [values for values in drawn[title] if values in curves] == curves
+    layers = [[statistics["median"] for statistics in row["indicator"].values()] for row in images]
+    np.testing.assert_allclose(drawn["Learning Indicator"][0], np.median(layers, axis=1))
+    assert not any("peak" in title for title in drawn)

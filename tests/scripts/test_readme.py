@@ -12,6 +12,8 @@ import pytest
 from helpers import code_blocks, run_code
 from scripts.conftest import SMALL, SMALL_TRANSFORMER, TRANSLATION_OF_THE_PAPER
 
+from aal.training import report
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 
@@ -98,6 +100,24 @@ def test_its_commands_for_bert_train_and_score(train_bert: Callable, tmp_path: P
     status, out, err = train_bert(*scoring, "--task", "mrpc")
     assert status == 0, err
     assert out.startswith("test accuracy")
+
+
+def test_its_report_draws_runs(
+    train_vit: Callable, train_mixer: Callable, tmp_path: Path, capfd: pytest.CaptureFixture
+):
+    (line,) = re.findall(r"^python -m aal.training.report (.*)$", README, flags=re.MULTILINE)
+    words = shlex.split(line)
+    for train, place, folder in ((train_vit, 0, "ViT"), (train_mixer, 1, "MLP-Mixer")):
+        assert words[place] == f"{'' if place == 0 else '../MLP-Mixer/'}results/small"
+        words[place] = str(tmp_path / folder / "results" / "small")
+        output = Path(words[place]).parent
+        assert train("--epochs", 1, "--name", "small", "--output", output)[0] == 0
+    words[-1] = str(tmp_path / words[-1])
+    capfd.readouterr()
+    assert report.main(words) == 0
+    assert (tmp_path / "small.png").is_file()
+    names = [row.split()[0] for row in capfd.readouterr().out.splitlines()]
+    assert names == ["run", "ViT", "MLP-Mixer", "picture:"]
 
 
 def test_the_papers_command_for_translation_is_the_tested_one():
