@@ -104,6 +104,10 @@ class ReplayFunction(torch.autograd.Function):
         operations = chain.operations
         saved = ctx.saved_tensors  # read once: checkpoints allow no more
         first, rest = saved[: ctx.num_first], saved[ctx.num_first :]
+        if torch.compiler.is_compiling():
+            # Of the same tensor the compiler would compute the same only once, in forward, and keep
+            # the results. These are views that it does not see through before it has decided.
+            first = tuple(tensor.unsqueeze(0).squeeze(0) for tensor in first)
         parameters = _split(rest, chain.num_parameters)
         kept = _split(rest[sum(chain.num_parameters) :], ctx.num_kept)
         with autocast_again(grad.device, ctx.autocast):
