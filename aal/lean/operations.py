@@ -16,6 +16,7 @@ from aal.ops.batch_norm import (
     Statistics,
     batch_norm,
     batch_norm_backward,
+    batch_norm_relu,
     batch_norm_relu_replay,
     batch_norm_replay,
 )
@@ -76,8 +77,8 @@ def operation_of(layer: nn.Module, x: Tensor, owns_input: bool) -> tuple[Operati
     )
 
 
-def merge_replays(operations: Sequence[Operation]) -> tuple[Operation, ...]:
-    """The operations of a chain, where a batch norm replays the ReLU behind it, too."""
+def merge_pairs(operations: Sequence[Operation]) -> tuple[Operation, ...]:
+    """The operations of a chain, where a batch norm computes the ReLU behind it, too."""
     merged = list(operations)
     for i, (norm, relu) in enumerate(itertools.pairwise(operations)):
         is_relu = isinstance(relu, _Activation) and relu.activation.name == "relu"
@@ -111,11 +112,11 @@ class _BatchNorm(NamedTuple):
     training: bool
     momentum: float
     eps: float
-    with_relu: bool = False  # in a replay
+    with_relu: bool = False
 
     def forward(self, x: Tensor, parameters: Tensors) -> tuple[Tensor, Tensors, Tensors]:
-        own = Parameters(*parameters)
-        y, statistics, updates = batch_norm(x, own, self.training, self.momentum, self.eps)
+        normalise, own = batch_norm_relu if self.with_relu else batch_norm, Parameters(*parameters)
+        y, statistics, updates = normalise(x, own, self.training, self.momentum, self.eps)
         return y, tuple(statistics), updates
 
     def replay(self, x: Tensor, parameters: Tensors, kept: Tensors) -> tuple[Tensor, Tensors]:
@@ -185,15 +186,17 @@ class _Activation(NamedTuple):
 
     activation: Activation
     in_place: bool
-    is_merged: bool = False  # with the replay before, whose result is this one's
+    is_merged: bool = False  # with the operation before, whose result is this one's
 
     def forward(self, x: Tensor, parameters: Tensors) -> tuple[Tensor, Tensors, Tensors]:
+        if self.is_merged:
+            return x, (), ()
         if self.in_place and self.activation.name == "relu":
             return x.relu_(), (), ()
         return self.activation.forward(x), (), ()
 
     def replay(self, x: Tensor, parameters: Tensors, kept: Tensors) -> tuple[Tensor, Tensors]:
-        return x if self.is_merged else self.forward(x, parameters)[0], kept
+        return self.forward(x, parameters)[0], kept
 
     def backward(self, grad, x, parameters, kept, needs) -> tuple[Tensor | None, Tensors]:
         return self.activation.backward(grad, x), ()

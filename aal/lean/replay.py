@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from aal.lean.operations import may_return_input, merge_replays, operation_of
+from aal.lean.operations import may_return_input, merge_pairs, operation_of
 from aal.ops.autocast import autocast_again, autocast_dtype
 from aal.ops.operation import Operation, Tensors
 
@@ -51,9 +51,7 @@ def replay(
         module, *inputs = recompute
         names = [name for name, _ in module.named_parameters()]
         recipe, sources = _Recipe(module, names), (*module.parameters(), *inputs)
-    chain = _Chain(
-        merge_replays(operations), [len(own) for own in parameters], recipe, len(sources)
-    )
+    chain = _Chain(merge_pairs(operations), [len(own) for own in parameters], recipe, len(sources))
     y, *updates = ReplayFunction.apply(chain, x, *sources, *sum(parameters, ()))
     statistics = iter(updates)
     for layer, operation in zip(layers, operations, strict=True):

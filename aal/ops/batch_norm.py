@@ -1,9 +1,9 @@
 """Batch normalisation as plain tensor functions: forward, replay and backward.
 
 They call the kernels that ``F.batch_norm`` calls (cuDNN's where PyTorch would choose it), so the
-results are bit-identical to it on the same device, but for a replay together with ReLU in half
-precision on CUDA. In training nothing here touches the running statistics: the forward pass returns
-the new ones.
+results are bit-identical to it on the same device, but together with ReLU in half precision on
+CUDA. In training nothing here touches the running statistics: the forward pass returns the new
+ones.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from torch import Tensor
 # For aten's functions: gradients of input, weight and bias.
 Needs = tuple[bool, bool, bool]
 
-# Where a replay may round as it likes. In float32 it repeats every bit.
+# Where a batch norm with ReLU may round as it likes. In float32 it repeats every bit.
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -46,17 +46,41 @@ def batch_norm(
     Raises:
         ValueError: another number of channels, or one value per channel in training.
     """
-    channels = parameters.weight.numel()
-    if x.dim() < 2 or x.shape[1] != channels:
-        raise ValueError(f"batch norm needs (N, {channels}, ...), got {tuple(x.shape)}")
-    if training and x.numel() == channels:
-        raise ValueError(f"batch norm needs more than one value per channel, got {tuple(x.shape)}")
+    _check(x, parameters, training)
     if not training:
         return _evaluate(x, parameters, eps), Statistics(*parameters.weight.new_empty(3, 0)), ()
     y, mean, rstd, reserve, new_mean, new_var = torch.ops.aten._batch_norm_with_update_functional(
         _dense(x), *parameters, momentum, eps
     )
     return y, Statistics(mean, rstd, reserve), (new_mean, new_var)
+
+
+def batch_norm_relu(
+    x: Tensor, parameters: Parameters, training: bool, momentum: float, eps: float
+) -> tuple[Tensor, Statistics, tuple[Tensor, ...]]:
+    """``batch_norm`` with ReLU behind it.
+
+    In half precision on CUDA both are one Triton kernel (``batch_norm_triton``), behind that of the
+    statistics; not where cuDNN would find these.
+    """
+    if _has_kernel(x) and not _is_of_cudnn(x, parameters, training, eps):
+        return batch_norm_relu_fused(x, parameters, training, momentum, eps)
+    y, statistics, updates = batch_norm(x, parameters, training, momentum, eps)
+    return y.relu_(), statistics, updates
+
+
+def batch_norm_relu_fused(
+    x: Tensor, parameters: Parameters, training: bool, momentum: float, eps: float
+) -> tuple[Tensor, Statistics, tuple[Tensor, ...]]:
+    """``batch_norm_relu`` where it has a kernel."""
+    _check(x, parameters, training)
+    nothing = parameters.weight.new_empty(0)
+    statistics, updates = Statistics(nothing, nothing, nothing), ()
+    if training:
+        updates = (parameters.running_mean.clone(), parameters.running_var.clone())
+        mean, var = torch.batch_norm_update_stats(_dense(x), *updates, momentum)
+        statistics = Statistics(mean, (var + eps).rsqrt(), nothing)
+    return _normalised_relu(x, parameters, training, eps, statistics), statistics, updates
 
 
 def batch_norm_replay(
@@ -83,18 +107,14 @@ def batch_norm_replay(
 def batch_norm_relu_replay(
     x: Tensor, parameters: Parameters, training: bool, eps: float, statistics: Statistics
 ) -> Tensor:
-    """ReLU of the result of ``batch_norm`` once more.
+    """The result of ``batch_norm_relu`` once more.
 
-    In half precision on CUDA it is one Triton kernel (``batch_norm_triton``), which is given the
-    statistics where PyTorch's would find them again, and rounds in its own way; elsewhere every bit
-    is repeated.
+    In half precision on CUDA it is one Triton kernel, which is given the statistics where PyTorch's
+    would find them again, and rounds in its own way; elsewhere every bit is repeated.
     """
-    if not (x.is_cuda and x.dtype in _KERNEL_DTYPES):
-        return batch_norm_replay(x, parameters, training, eps, statistics).relu_()
-    mean, rstd, _ = statistics
-    if not training:
-        mean, rstd = parameters.running_mean, (parameters.running_var.float() + eps).rsqrt()
-    return _normalise_relu(_dense(x), *parameters[:2], mean, rstd)
+    if _has_kernel(x):
+        return _normalised_relu(x, parameters, training, eps, statistics)
+    return batch_norm_replay(x, parameters, training, eps, statistics).relu_()
 
 
 def normalise_relu_reference(
@@ -155,6 +175,36 @@ def batch_norm_backward(
         needs,
         reserve,
     )
+
+
+def _normalised_relu(
+    x: Tensor, parameters: Parameters, training: bool, eps: float, statistics: Statistics
+) -> Tensor:
+    """By the kernel, with the statistics of the batch or, in evaluation, the running ones."""
+    mean, rstd, _ = statistics
+    if not training:
+        mean, rstd = parameters.running_mean, (parameters.running_var.float() + eps).rsqrt()
+    return _normalise_relu(_dense(x), *parameters[:2], mean, rstd)
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype in _KERNEL_DTYPES
+
+
+def _is_of_cudnn(x: Tensor, parameters: Parameters, training: bool, eps: float) -> bool:
+    """Would PyTorch call cuDNN? A compiler decides for itself, so there the answer is yes."""
+    if torch.compiler.is_compiling():
+        return True
+    backend = torch._C._select_batch_norm_backend(_dense(x), *parameters, training, eps)
+    return backend == torch._C._BatchNormBackend.Cudnn
+
+
+def _check(x: Tensor, parameters: Parameters, training: bool) -> None:
+    channels = parameters.weight.numel()
+    if x.dim() < 2 or x.shape[1] != channels:
+        raise ValueError(f"batch norm needs (N, {channels}, ...), got {tuple(x.shape)}")
+    if training and x.numel() == channels:
+        raise ValueError(f"batch norm needs more than one value per channel, got {tuple(x.shape)}")
 
 
 def _evaluate(x: Tensor, parameters: Parameters, eps: float) -> Tensor:

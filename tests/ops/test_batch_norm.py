@@ -12,6 +12,8 @@ from aal.ops.batch_norm import (
     Parameters,
     batch_norm,
     batch_norm_backward,
+    batch_norm_relu,
+    batch_norm_relu_fused,
     batch_norm_relu_replay,
     batch_norm_replay,
     normalise_relu_reference,
@@ -111,6 +113,52 @@ def test_replay_with_relu_repeats_every_bit_but_in_half_precision_on_cuda(case, 
         assert_no_worse(found, y.relu(), stock(x.double(), exact, training).relu())
     else:
         assert_same_bits(found, y.relu())
+
+
+@both_modes
+@every_case
+def test_relu_behind_is_that_of_torch_but_in_half_precision_on_cuda(case, training, device):
+    x, parameters = case.tensors(device)
+    y, statistics, updates = batch_norm(x, parameters, training, 0.3, EPS)
+    found, *others = batch_norm_relu(x, parameters, training, 0.3, EPS)
+    assert found.stride() == y.stride()
+    if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
+        exact = Parameters(*(tensor.double() for tensor in parameters))
+        assert_no_worse(found, y.relu(), stock(x.double(), exact, training).relu())
+        torch.testing.assert_close(others[1], updates)
+    else:
+        assert_same_bits((found, *others), (y.relu(), statistics, updates))
+
+
+@both_modes
+@every_case
+def test_fused_relu_and_its_gradients_are_those_of_torch(case, training, device):
+    x, parameters = case.tensors(device)
+    before = [tensor.clone() for tensor in parameters]
+    y, statistics, updates = batch_norm_relu_fused(x, parameters, training, 0.3, EPS)
+    assert_same_bits(list(parameters), before)
+    assert_same_bits(batch_norm_relu_fused(x, parameters, training, 0.3, EPS)[0], y)
+    exact = Parameters(*(tensor.double() for tensor in parameters))
+    inputs = [t.double().requires_grad_() for t in (x, *parameters[:2])]
+    z = stock(inputs[0], Parameters(*inputs[1:], *exact[2:]), training)  # changes the statistics
+    eager = stock(x, Parameters(*(t.clone() for t in parameters)), training).relu()
+    assert_no_worse(y, eager, z.detach().relu())
+    if training:
+        torch.testing.assert_close(updates, exact[2:], check_dtype=False, rtol=1e-2, atol=1e-2)
+    grad = torch.randn_like(x)
+    options = (parameters, training, EPS, statistics, (True, True, True))
+    found = batch_norm_backward(grad, x, *options)
+    expected = torch.autograd.grad(z, inputs, grad.double())
+    tolerance = max(1e-5, 8 * torch.finfo(x.dtype).eps)
+    for ours, true in zip(found, expected, strict=True):
+        assert (ours - true).norm() <= tolerance * true.norm() + 1e-5
+
+
+@both_modes
+def test_fused_relu_refuses_what_batch_norm_refuses(training):
+    parameters = Parameters(*(torch.ones(8) for _ in range(4)))
+    with pytest.raises(ValueError, match=r"needs \(N, 8, ...\), got \(2, 5, 3, 3\)"):
+        batch_norm_relu_fused(torch.randn(2, 5, 3, 3), parameters, training, 0.1, EPS)
 
 
 def test_replay_does_without_running_statistics_in_training():
