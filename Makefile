@@ -35,7 +35,8 @@ bench-cpu: setup
 bench-gpu: export PYTORCH_ALLOC_CONF = expandable_segments:True
 bench-gpu: setup
 	$(BIN)/python benchmarks/bandwidth.py
-	$(BIN)/python benchmarks/speed.py --device cuda --minutes 5.5
+	$(BIN)/python benchmarks/fused_kernels.py
+	$(BIN)/python benchmarks/speed.py --device cuda --minutes 5
 	$(BIN)/python benchmarks/memory.py --minutes 2
 
 # Installed anew only when the requirements have changed.

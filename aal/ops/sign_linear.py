@@ -23,7 +23,7 @@ from aal.ops.sign_pack import (
 from aal.ops.tiles import tiles
 
 # On CUDA, are bits decoded next to the product (``gradient_from_bits``), and not as a whole tensor
-# before it? Not before a GPU has shown that it is faster: see benchmarks/sign_kernels.py.
+# before it? Not before a GPU has shown that it is faster: see benchmarks/fused_kernels.py.
 DECODES_IN_PRODUCT = False
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -4,6 +4,7 @@ import csv
 import io
 
 import bandwidth
+import fused_kernels
 import memory
 import pytest
 import speed
@@ -18,6 +19,7 @@ from settings import (
     ours,
     vision_transformer,
 )
+from torch.utils._pytree import tree_leaves
 
 from aal.ops.group_quantise import GROUP, SUPERBLOCK, stored_bits
 from aal.training.command_line import run
@@ -98,6 +100,7 @@ def test_csv_has_the_rows_and_what_they_were_measured_on():
         (speed.main, ["--minutes", "0"]),
         (memory.main, []),
         (bandwidth.main, []),
+        (fused_kernels.main, []),
     ],
 )
 def test_mistakes_are_told_in_one_line(main, arguments, capsys):
@@ -117,3 +120,14 @@ def test_kernels_move_their_input_and_output():
     for bits in (2, 4, 8):
         expected = 2 * numel + numel * stored_bits(bits, GROUP) / 8
         assert moved[f"quantise, {bits} bit"] == moved[f"dequantise, {bits} bit"] == expected
+
+
+def test_fused_passes_compute_what_they_stand_for():
+    passes = fused_kernels.passes(torch.device("cpu"), scale=256)
+    for name, (fused, one_by_one, num_bytes) in passes.items():
+        if name == "gradient of GELU from its code":  # in four steps
+            assert fused().shape == one_by_one().shape
+            continue
+        found, expected = tree_leaves(fused())[0], tree_leaves(one_by_one())[0]
+        torch.testing.assert_close(found, expected, rtol=2**-6, atol=2**-6)
+        assert num_bytes >= 2 * found.nbytes

@@ -1,9 +1,6 @@
 """Signs added and packed in one pass, and products with bits: kernels against definitions."""
 
-import runpy
-import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +24,6 @@ from aal.ops.sign_pack import pack_sign, pack_sign_reference
 
 EPSILON = 0.01  # a number of no dtype: it is rounded
 SIZES = (0, 1, 7, 8, 9, 511, 512, 513, 4097)
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "sign_kernels.py"
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Triton 3.6, of PyTorch 2.11, cannot interpret a loop to a bound that is an argument.
 loops = pytest.mark.skipif(
@@ -259,14 +255,3 @@ def test_layer_learns_on_every_device_what_it_learns_on_cpu(dtype, device):
         grads.append([t.grad.cpu() for t in own])
     tolerance = {"rtol": 0.02, "atol": 0.1} if dtype.itemsize == 2 else {}
     torch.testing.assert_close(*grads, **tolerance)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="would measure for minutes")
-def test_benchmark_without_a_gpu_says_so_in_one_line(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(BENCHMARK.parent)
-    monkeypatch.setattr(sys, "argv", [BENCHMARK.name])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(BENCHMARK), run_name="__main__")
-    output = capsys.readouterr()
-    assert stop.value.code == 2
-    assert output.out == "" and output.err.count("\n") == 1 and "no CUDA device" in output.err
