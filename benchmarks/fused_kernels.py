@@ -28,7 +28,12 @@ from aal.ops.batch_norm import (
     batch_norm_replay,
 )
 from aal.ops.derivative_code import coded_activation, multiply_by_derivative, table_of
-from aal.ops.layer_norm import layer_norm_add_sign
+from aal.ops.layer_norm import (
+    layer_norm,
+    layer_norm_add_sign,
+    layer_norm_backward,
+    layer_norm_backward_again,
+)
 from aal.ops.sign_linear import (
     add_sign_pack,
     add_sign_reference,
@@ -76,6 +81,12 @@ def passes(device: torch.device, scale: int = 1) -> dict[str, Pass]:
     def added(x: Tensor) -> tuple[Tensor, Tensor]:
         return add_sign_reference(x, *ADDITION), pack_sign(x)
 
+    def layer_norm_gradients() -> tuple[Tensor | None, ...]:
+        y, *found = layer_norm(narrow, (WIDTH,), weight, bias, EPS)
+        needs = (True, True, True)
+        grads = layer_norm_backward(narrow, narrow, (WIDTH,), weight, bias, *found, needs)
+        return grads[0], y, *grads[1:]
+
     def batch_norm_relu() -> Tensor:
         mean, var = norm.running_mean.clone(), norm.running_var.clone()
         return F.batch_norm(image, mean, var, *norm[:2], True, 0.1, EPS).relu_()
@@ -109,6 +120,16 @@ def passes(device: torch.device, scale: int = 1) -> dict[str, Pass]:
             lambda: layer_norm_add_sign(narrow, weight, bias, EPS, ADDITION),
             lambda: added(F.layer_norm(narrow, (WIDTH,), weight, bias, EPS)),
             2 * narrow.nbytes + narrow.numel() / 8,
+        ),
+        "gradient of GELU, and GELU once more": Pass(
+            lambda: gelu.backward_again(wide, wide),
+            lambda: (gelu.backward(wide, wide), gelu.forward(wide)),
+            4 * wide.nbytes,
+        ),
+        "gradients of layer norm, and it once more": Pass(
+            lambda: layer_norm_backward_again(narrow, narrow, weight, bias, EPS, True),
+            layer_norm_gradients,
+            4 * narrow.nbytes,
         ),
         "batch norm and ReLU": Pass(
             lambda: batch_norm_relu_fused(image, norm, True, 0.1, EPS),

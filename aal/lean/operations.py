@@ -1,7 +1,5 @@
 """The operations that a replayed chain is made of, as ``aal.ops.operation`` wants them."""
 
-import itertools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +20,7 @@ from aal.ops.batch_norm import (
 )
 from aal.ops.convolution import Geometry, convolve, convolve_backward, geometry
 from aal.ops.dropout import dropout, dropout_again, dropout_backward
-from aal.ops.layer_norm import layer_norm, layer_norm_backward
+from aal.ops.layer_norm import layer_norm, layer_norm_backward, layer_norm_backward_again
 from aal.ops.linear import linear, linear_backward
 from aal.ops.operation import Operation, Tensors
 from aal.ops.pool_index import Window
@@ -62,29 +60,22 @@ def operation_of(layer: nn.Module, x: Tensor, owns_input: bool) -> tuple[Operati
     if kind is nn.MaxPool2d:
         return _MaxPool(window_of(layer)), ()
     if kind is nn.LayerNorm:
-        return _LayerNorm(tuple(layer.normalized_shape), layer.eps), (layer.weight, layer.bias)
+        return LayerNormOperation(tuple(layer.normalized_shape), layer.eps), (
+            layer.weight,
+            layer.bias,
+        )
     if kind is nn.Linear:
         return LinearOperation(), (layer.weight, layer.bias)
     if kind is Transpose:
         return _Transpose(), ()
     if kind in (nn.Dropout, Dropout):
-        return _Dropout(layer.p if layer.training else 0.0), ()
+        return DropoutOperation(layer.p if layer.training else 0.0), ()
     if (activation := activation_of(layer)) is not None:
-        return _Activation(activation, in_place=owns_input), ()
+        return ActivationOperation(activation, in_place=owns_input), ()
     raise TypeError(
         f"cannot replay {layer}; a chain takes Conv2d, BatchNorm2d, MaxPool2d, LayerNorm, Linear, "
         "Dropout, ReLU, GELU, SiLU, Transpose and the linear layers of the rules"
     )
-
-
-def merge_pairs(operations: Sequence[Operation]) -> tuple[Operation, ...]:
-    """The operations of a chain, where a batch norm computes the ReLU behind it, too."""
-    merged = list(operations)
-    for i, (norm, relu) in enumerate(itertools.pairwise(operations)):
-        is_relu = isinstance(relu, _Activation) and relu.activation.name == "relu"
-        if isinstance(norm, _BatchNorm) and is_relu:
-            merged[i : i + 2] = norm._replace(with_relu=True), relu._replace(is_merged=True)
-    return tuple(merged)
 
 
 class ConvolutionOperation(NamedTuple):
@@ -106,7 +97,7 @@ class ConvolutionOperation(NamedTuple):
         return grad_x, tuple(grads)
 
 
-class _BatchNorm(NamedTuple):
+class BatchNormOperation(NamedTuple):
     """Parameters: weight, bias, running mean and running variance."""
 
     training: bool
@@ -147,7 +138,7 @@ class _MaxPool(NamedTuple):
         return max_pool_backward(grad, x, self.window, kept[0]), ()
 
 
-class _LayerNorm(NamedTuple):
+class LayerNormOperation(NamedTuple):
     """Parameters: weight and bias. Keeps nothing: a replay finds the statistics again."""
 
     shape: tuple[int, ...]
@@ -159,6 +150,11 @@ class _LayerNorm(NamedTuple):
     def replay(self, x: Tensor, parameters: Tensors, kept: Tensors) -> tuple[Tensor, Tensors]:
         y, *statistics = layer_norm(x, self.shape, *parameters, self.eps)
         return y, tuple(statistics)
+
+    def backward_again(self, grad, x, parameters) -> tuple[Tensor, Tensor, Tensors]:
+        """``backward``, and the result once more."""
+        grad_x, y, *grads = layer_norm_backward_again(grad, x, *parameters, self.eps, True)
+        return grad_x, y, tuple(grads)
 
     def backward(self, grad, x, parameters, kept, needs) -> tuple[Tensor | None, Tensors]:
         # A last operation was not replayed. Its result has the dtype that it was computed in.
@@ -181,7 +177,7 @@ class LinearOperation(NamedTuple):
         return grad_x, tuple(grads)
 
 
-class _Activation(NamedTuple):
+class ActivationOperation(NamedTuple):
     """No parameters. A ReLU within a chain works in place: its backward asks for signs only."""
 
     activation: Activation
@@ -198,11 +194,15 @@ class _Activation(NamedTuple):
     def replay(self, x: Tensor, parameters: Tensors, kept: Tensors) -> tuple[Tensor, Tensors]:
         return self.forward(x, parameters)[0], kept
 
+    def backward_again(self, grad, x, parameters) -> tuple[Tensor, Tensor, Tensors]:
+        """``backward``, and the result once more."""
+        return *self.activation.backward_again(grad, x), ()
+
     def backward(self, grad, x, parameters, kept, needs) -> tuple[Tensor | None, Tensors]:
         return self.activation.backward(grad, x), ()
 
 
-class _Dropout(NamedTuple):
+class DropoutOperation(NamedTuple):
     """No parameters; keeps one bit per element. A probability of 0 is no dropout."""
 
     probability: float
@@ -233,7 +233,7 @@ class _Transpose(NamedTuple):
         return grad.transpose(1, 2), ()
 
 
-def _batch_norm_operation(layer: nn.BatchNorm2d, x: Tensor) -> tuple[_BatchNorm, Tensors]:
+def _batch_norm_operation(layer: nn.BatchNorm2d, x: Tensor) -> tuple[BatchNormOperation, Tensors]:
     weight, bias, mean, var = layer.weight, layer.bias, layer.running_mean, layer.running_var
     training = layer.training or mean is None
     momentum = layer.momentum
@@ -243,4 +243,4 @@ def _batch_norm_operation(layer: nn.BatchNorm2d, x: Tensor) -> tuple[_BatchNorm,
         weight, bias = x.new_ones(layer.num_features), x.new_zeros(layer.num_features)
     if mean is None:
         mean, var = torch.zeros_like(weight), torch.ones_like(weight)
-    return _BatchNorm(training, momentum, layer.eps), (weight, bias, mean, var)
+    return BatchNormOperation(training, momentum, layer.eps), (weight, bias, mean, var)

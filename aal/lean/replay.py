@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from aal.lean.operations import may_return_input, merge_pairs, operation_of
+from aal.lean.operations import may_return_input, operation_of
+from aal.lean.pairs import merge_pairs
 from aal.ops.autocast import autocast_again, autocast_dtype
 from aal.ops.operation import Operation, Tensors
 
@@ -40,21 +41,21 @@ def replay(
     Raises:
         TypeError: a layer of another type.
     """
-    pairs = []
+    links = []
     owns_input = False  # may a layer overwrite its input?
     for layer in layers:
-        pairs.append(operation_of(layer, x, owns_input))
+        links.append(operation_of(layer, x, owns_input))
         owns_input |= not may_return_input(layer)
-    operations, parameters = zip(*pairs, strict=True)
+    operations, parameters = zip(*merge_pairs(links, x), strict=True)
     recipe, sources = None, ()
     if recompute is not None:
         module, *inputs = recompute
         names = [name for name, _ in module.named_parameters()]
         recipe, sources = _Recipe(module, names), (*module.parameters(), *inputs)
-    chain = _Chain(merge_pairs(operations), [len(own) for own in parameters], recipe, len(sources))
+    chain = _Chain(operations, [len(own) for own in parameters], recipe, len(sources))
     y, *updates = ReplayFunction.apply(chain, x, *sources, *sum(parameters, ()))
     statistics = iter(updates)
-    for layer, operation in zip(layers, operations, strict=True):
+    for layer, (operation, _) in zip(layers, links, strict=True):
         if type(layer) is nn.BatchNorm2d and operation.training:
             _update_running_statistics(layer, next(statistics), next(statistics))
     return y

@@ -1,4 +1,8 @@
-"""Point-wise activation functions and their derivatives as plain tensor functions."""
+"""Point-wise activation functions and their derivatives as plain tensor functions.
+
+In half precision on CUDA a gradient and the function's result once more are one Triton kernel
+(``activation_triton``).
+"""
 
 from typing import NamedTuple
 
@@ -25,6 +29,12 @@ class Activation(NamedTuple):
             return torch.ops.aten.silu_backward(grad_output, x)
         return torch.ops.aten.gelu_backward(grad_output, x, approximate=self._approximate)
 
+    def backward_again(self, grad_output: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``backward``, and ``forward(x)`` once more."""
+        if type(self) is Activation and self.name != "relu":
+            return _backward_again(grad_output, x, self.name)
+        return self.backward(grad_output, x), self.forward(x)
+
     @property
     def _approximate(self) -> str:
         return "tanh" if self.name == "gelu_tanh" else "none"
@@ -38,3 +48,24 @@ def activation_of(layer: nn.Module) -> Activation | None:
     if kind is nn.ReLU:
         return Activation("relu")
     return Activation("silu") if kind is nn.SiLU else None
+
+
+@torch.library.custom_op("aal::activation_backward_again", mutates_args=())
+def _backward_again(grad_output: Tensor, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    x, activation = x.contiguous(), Activation(name)
+    return activation.backward(grad_output.contiguous(), x), activation.forward(x)
+
+
+@_backward_again.register_kernel("cuda")
+def _(grad_output: Tensor, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    if x.dtype not in (torch.float16, torch.bfloat16):  # every bit is PyTorch's
+        x, activation = x.contiguous(), Activation(name)
+        return activation.backward(grad_output.contiguous(), x), activation.forward(x)
+    from aal.ops.activation_triton import backward_again_triton
+
+    return backward_again_triton(grad_output, x, name)
+
+
+@_backward_again.register_fake
+def _(grad_output: Tensor, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aal.ops.activation_triton import activate
 from aal.ops.addition import NO_ADDITION, Addition
 from aal.ops.launch import on_device_of
 
@@ -19,39 +20,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # 32 elements for each of a program's 128 threads: in half precision four loads of 16 bytes, all
 # of which are on their way before the first is used.
 _BYTES_PER_PROGRAM = 512
-
-
-@triton.jit
-def _times_logistic(x, u, IS_SINGLE: tl.constexpr):
-    """x / (1 + e ** -u); to the last bits of float32 where they are asked for."""
-    if IS_SINGLE:
-        y = tl.div_rn(x, 1 + _exp(-u))
-    else:
-        y = x / (1 + tl.exp(-u))
-    return y
-
-
-@triton.jit
-def _exp(x):
-    """e ** x. ``tl.exp`` rounds x / log(2), which at 20 costs five bits."""
-    x = tl.minimum(tl.maximum(x, -104.0), 89.0)  # infinity minus infinity would be NaN
-    whole = tl.floor(x * 1.4426950408889634 + 0.5)
-    rest = x - whole * 0.693359375  # log(2) in two parts, the first of few bits: exact
-    rest += whole * 2.12194440e-4
-    return tl.exp2(whole) * tl.exp2(rest * 1.4426950408889634)
-
-
-@triton.jit
-def _activate(x, NAME: tl.constexpr, IS_SINGLE: tl.constexpr):
-    if NAME == "relu":
-        y = tl.where(x < 0, 0.0, x)  # NaN stays
-    elif NAME == "gelu":
-        y = x * 0.5 * (1 + tl.erf(x * 0.7071067811865476))
-    elif NAME == "gelu_tanh":  # (1 + tanh(u / 2)) / 2 is the logistic function of u
-        y = _times_logistic(x, 1.5957691216057308 * (x + 0.044715 * x * x * x), IS_SINGLE)
-    else:
-        y = _times_logistic(x, x, IS_SINGLE)
-    return y
 
 
 @triton.jit
@@ -77,7 +45,7 @@ def _activation_kernel(
     element = byte[:, None] * 8 + bit
     inside = element < numel
     value = tl.load(x + element, mask=inside, other=0).to(tl.float32)
-    result = _activate(value, NAME, y.dtype.element_ty == tl.float32)
+    result = activate(value, NAME, y.dtype.element_ty == tl.float32)
     result = result.to(y.dtype.element_ty)
     above = inside & (value > middle)
     if ADDS:  # to the rounded result, as a layer would

@@ -15,7 +15,7 @@ from aal.ops.activation import Activation, activation_of
 from aal.ops.addition import Addition, maker_adds
 from aal.ops.autocast import is_autocast_on
 from aal.ops.derivative_code import coded_activation
-from aal.ops.layer_norm import layer_norm_add_sign, layer_norm_backward, layer_norm_dtype
+from aal.ops.layer_norm import layer_norm_add_sign, layer_norm_backward_again
 from aal.ops.sign_pack import SignCode, layout_in_rows
 from aal.rules.asa import LinearASA
 
@@ -24,27 +24,27 @@ class LayerNormSignFunction(torch.autograd.Function):
     """Layer norm whose result has the signs added that a layer under ASA would add.
 
     Forward     h = y + epsilon * s for y = (x - mean) * rstd * W + b, and the bits of s
-    Backward    as layer norm's: s is locally constant                      exact
+    Backward    as layer norm's: s is locally constant                      exact, within rounding
 
     Shapes      x, h (..., C)   W, b (C,)   bits (ceil(x.numel() / 8),)
-    Saves       x, W and b by reference; mean and rstd, a number each per row. So does PyTorch's.
+    Saves       x, W and b by reference. PyTorch's keeps mean and rstd of each row, too.
     Edge cases  h is in autocast's dtype where autocast is on. No double backward.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float, addition: Addition):
-        h, packed, mean, rstd = layer_norm_add_sign(x, weight, bias, eps, addition)
-        ctx.dtype = layer_norm_dtype(x)
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        h, packed = layer_norm_add_sign(x, weight, bias, eps, addition)
+        ctx.eps = eps
+        ctx.save_for_backward(x, weight, bias)
         ctx.mark_non_differentiable(packed)
         return h, packed
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: Tensor, _):
-        x, weight, *others = ctx.saved_tensors
-        needs, grad = ctx.needs_input_grad[:3], grad_output.to(ctx.dtype)
-        grad_x, *grads = layer_norm_backward(grad, x, weight.shape, weight, *others, needs)
+        grad_x, _, *grads = layer_norm_backward_again(
+            grad_output, *ctx.saved_tensors, ctx.eps, wants_result=False
+        )
         return grad_x, *grads, None, None
 
 

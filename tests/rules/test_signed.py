@@ -172,7 +172,7 @@ def test_blocks_keep_as_many_bytes_and_compute_the_same(lean, rule, dtype, monke
         y, gradient = run(block, x=x)
         found[devices] = held, y, gradient["x"], [p.grad for p in parts.parameters()]
     (held, *expected), (held_with, *results) = found.values()
-    assert held_with == held
+    assert held - 16 * 18 <= held_with <= held  # statistics of 18 rows, of two norms
     tolerance = 1e-5 if dtype == torch.float32 else 2**-5
     torch.testing.assert_close(results, expected, rtol=tolerance, atol=tolerance)
 
