@@ -98,8 +98,13 @@ class Batches:
             check_fits(part, batch_size, world_size)
         self.set_epoch(0)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch; without a seed all are alike."""
+    def set_epoch(self, epoch: int, done: int = 0) -> None:
+        """Choose the order of an epoch; without a seed all are alike.
+
+        Args:
+            done: batches that are not yielded, as an earlier run has had them.
+        """
+        self.done = done
         if self.seed is None:
             order = np.argsort(self.part.lengths, kind="stable")
         else:
@@ -111,10 +116,11 @@ class Batches:
         self._batches = [share for share in shares if len(share)]
 
     def __len__(self) -> int:
+        """Of the whole epoch."""
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        return map(self._batch, self._batches)
+        return map(self._batch, self._batches[self.done :])
 
     def _batch(self, places: Sequence[int]) -> Batch:
         part = self.part

@@ -97,8 +97,8 @@ class TextRun(run.Run):
         )
         return loader, len(loader)
 
-    def begin_epoch(self, loader: Batches, epoch: int) -> None:
-        loader.set_epoch(epoch)
+    def begin_epoch(self, loader: Batches, epoch: int, done: int) -> None:
+        loader.set_epoch(epoch, done)
 
     def validate(self, worker: Worker, title: str) -> dict[str, float]:
         return self._score(self.validation_part, worker, title)

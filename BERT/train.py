@@ -65,7 +65,7 @@ REJECTED = {
     "--max-len": "is gone; use --max-length",
     "--mode": "is gone; --model-path scores a checkpoint",
     "--data-parallel": "is gone; name several GPUs with --device",
-    "--save-steps": "is gone; last.pth holds the state of every epoch",
+    "--save-steps": "is gone; use --save-every",
 }
 
 

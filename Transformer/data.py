@@ -344,8 +344,13 @@ class Batches:
             check_fits(part, batch_size, world_size)
         self.set_epoch(0)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch; without a seed all are alike."""
+    def set_epoch(self, epoch: int, done: int = 0) -> None:
+        """Choose the order of an epoch; without a seed all are alike.
+
+        Args:
+            done: batches that are not yielded, as an earlier run has had them.
+        """
+        self.done = done
         if self.seed is None:
             order = np.lexsort((self.part.target.lengths, self.part.source.lengths))
             self._batches = self._cut(order)[self.rank :: self.world_size]
@@ -361,10 +366,11 @@ class Batches:
         self._batches = [steps[i][self.rank] for i in generator.permutation(len(steps))]
 
     def __len__(self) -> int:
+        """Of the whole epoch."""
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        for indices in self._batches:
+        for indices in self._batches[self.done :]:
             source = [self.part.source[index] for index in indices]
             target = [self.part.target[index] for index in indices]
             framed = _padded(target, before=[START], behind=[END])

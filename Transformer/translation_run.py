@@ -125,8 +125,8 @@ class TranslationRun(run.Run):
         loader = data.Batches(self.train_part, settings.batch_size, settings.seed, *place)
         return loader, len(loader)
 
-    def begin_epoch(self, loader: data.Batches, epoch: int) -> None:
-        loader.set_epoch(epoch)
+    def begin_epoch(self, loader: data.Batches, epoch: int, done: int) -> None:
+        loader.set_epoch(epoch, done)
 
     def validate(self, worker: Worker, title: str) -> dict[str, Any]:
         """Loss, and BLEU of greedy translations; a dry run has no texts, and so the loss alone."""

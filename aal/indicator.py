@@ -75,6 +75,15 @@ class IndicatorRecorder:
         """Continue rows of an earlier run: ``take`` begins with these, whatever is recorded."""
         self._names = list(names)
 
+    def state(self) -> dict[str, list[Tensor]]:
+        """What was recorded since the last ``take``, by name, on the CPU."""
+        return {name: list(parts) for name, parts in self._values.items()}
+
+    def add_state(self, state: dict[str, list[Tensor]]) -> None:
+        """Have what an earlier run recorded, from its ``state()``, behind what there is."""
+        for name, parts in state.items():
+            self._values.setdefault(name, []).extend(parts)
+
     @contextlib.contextmanager
     def sampling(self, compression: Sampled | None = None) -> Iterator[None]:
         """Record the forward passes inside the ``with`` block that autograd records.

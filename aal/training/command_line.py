@@ -17,10 +17,24 @@ class UserError(Exception):
     """Something that the user can put right; its text says what is wrong and what to do."""
 
 
-def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str], program: str) -> int:
-    """Return ``main``'s exit status, 2 after a ``UserError``, or 130 when interrupted.
+class Stopped(Exception):
+    """A signal stopped the program; its text says what can be done now.
 
-    It is 1 when the reader of our output has gone, as in ``train.py ... | head -1``.
+    Args:
+        signal: its number.
+        text: of the message.
+    """
+
+    def __init__(self, signal: int, text: str):
+        super().__init__(text)
+        self.status = 128 + signal
+
+
+def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str], program: str) -> int:
+    """Return ``main``'s exit status, or 2 after a ``UserError``.
+
+    Signals that ask to stop give 130 (SIGINT) and 143 (SIGTERM). The status is 1 when the reader of
+    our output has gone, as in ``train.py ... | head -1``.
     """
     try:
         return main(arguments)
@@ -30,6 +44,10 @@ def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str], program:
     except BrokenPipeError:
         _drop_output()
         return 1
+    except Stopped as stop:
+        if is_first():
+            _tell(f"{program}: {stop}")
+        return stop.status
     except KeyboardInterrupt as error:  # perhaps with what can be done now
         _tell("; ".join([f"{program}: interrupted", *error.args]))
         return 130
@@ -59,9 +77,20 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))
 
-    def add_switch(self, flag: str, help: str, default: Any = False) -> None:
-        """Add a switch: ``--flag``, ``--flag True``, ``--flag False`` or ``--no-flag``."""
-        self.add_argument(flag, nargs="?", const=True, default=default, type=_truth, help=help)
+    def add_switch(
+        self, flag: str, help: str, default: Any = False, word: str | None = None
+    ) -> None:
+        """Add a switch: ``--flag``, ``--flag True``, ``--flag False`` or ``--no-flag``.
+
+        Args:
+            word: a third value that it takes.
+        """
+
+        def value(text: str) -> bool | str:
+            return text if text == word else _truth(text)
+
+        keywords = {"default": default, "type": value, "metavar": word, "help": help}
+        self.add_argument(flag, nargs="?", const=True, **keywords)
         negative, name = flag.replace("--", "--no-", 1), flag[2:].replace("-", "_")
         hidden = argparse.SUPPRESS
         self.add_argument(negative, dest=name, action="store_false", default=hidden, help=hidden)
@@ -75,6 +104,12 @@ def note(text: str) -> None:
     """Tell the user something that stops nothing, on stderr, once for all processes."""
     if is_first() and NOTED not in os.environ:
         _tell(f"train.py: note: {text}")
+
+
+def warn(text: str) -> None:
+    """Tell the user of something that went wrong and was put right, on stderr."""
+    if is_first():
+        _tell(f"train.py: warning: {text}")
 
 
 def is_first() -> bool:

@@ -4,20 +4,20 @@ The validation part is cut from the training images by a permutation that is the
 run, so that the test images choose nothing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from aal.training.augmentation import transforms
 from aal.training.command_line import UserError
 from aal.training.descriptions import DATASETS
 from aal.training.devices import Worker
+from aal.training.sampling import EpochSampler, Seeded, StepSampler
 
 _VALIDATION_SHARE, _MAX_VALIDATION = 0.1, 10_000
 _SPLIT_SEED = 0
@@ -77,15 +77,8 @@ def train_loader(part: Dataset, batch_size: int, workers: int, seed: int, worker
     ``batch_size`` is that of all processes together. An incomplete last batch is left out.
     """
     own_size = batch_size // worker.world_size
-    sampler = DistributedSampler(part, worker.world_size, worker.rank, shuffle=True, seed=seed)
-    return DataLoader(
-        part,
-        own_size,
-        sampler=sampler,
-        num_workers=workers,
-        drop_last=len(sampler) >= own_size,
-        pin_memory=worker.device.type == "cuda",
-    )
+    sampler = EpochSampler(len(part), own_size, seed, worker)
+    return _loader(part, own_size, sampler, workers, worker, drop_last=len(sampler) >= own_size)
 
 
 def step_loader(
@@ -102,49 +95,25 @@ def step_loader(
     ``loader.sampler.set_epoch`` chooses which of these stretches comes next.
     """
     sampler = StepSampler(len(part), batch_size, seed, worker, num_steps, eval_every)
-    own_size = batch_size // worker.world_size
-    pin_memory = worker.device.type == "cuda"
-    return DataLoader(part, own_size, sampler=sampler, num_workers=workers, pin_memory=pin_memory)
+    return _loader(part, batch_size // worker.world_size, sampler, workers, worker)
 
 
-class StepSampler(Sampler[int]):
-    """Indices of whole batches, cut from one shuffled pass over the data after another.
-
-    What a step sees depends on the seed and on the number of the step alone, not on
-    ``eval_every``.
-    """
-
-    def __init__(
-        self,
-        count: int,
-        batch_size: int,
-        seed: int,
-        worker: Worker,
-        num_steps: int,
-        eval_every: int,
-    ):
-        self.count, self.batch_size, self.seed, self.worker = count, batch_size, seed, worker
-        self.num_steps, self.eval_every = num_steps, eval_every
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Go to stretch ``epoch`` of ``eval_every`` steps; the last one may be shorter."""
-        first = epoch * self.eval_every
-        self.steps = range(first, min(first + self.eval_every, self.num_steps))
-
-    def __len__(self) -> int:
-        return len(self.steps) * self.batch_size // self.worker.world_size
-
-    def __iter__(self) -> Iterator[int]:
-        own_size, number, order = self.batch_size // self.worker.world_size, -1, []
-        for step in self.steps:
-            start = step * self.batch_size + self.worker.rank * own_size
-            for place in range(start, start + own_size):
-                if place // self.count != number:
-                    number = place // self.count
-                    generator = torch.Generator().manual_seed(self.seed + number)
-                    order = torch.randperm(self.count, generator=generator).tolist()
-                yield order[place % self.count]
+def _loader(
+    part: Dataset,
+    own_size: int,
+    sampler: EpochSampler | StepSampler,
+    workers: int,
+    worker: Worker,
+    drop_last: bool = False,
+) -> DataLoader:
+    return DataLoader(
+        Seeded(part),
+        own_size,
+        sampler=sampler,
+        num_workers=workers,
+        drop_last=drop_last,
+        pin_memory=worker.device.type == "cuda",
+    )
 
 
 def evaluation_loader(part: Dataset, batch_size: int, workers: int, worker: Worker) -> DataLoader:

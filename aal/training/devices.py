@@ -15,15 +15,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from aal.training.command_line import NOTED, UserError
+from aal.training.interruption import SIGNALS, STATUSES, Interruption
+
+_PATIENCE = 10  # seconds that processes get to end, once another has failed
 
 
 @dataclass(frozen=True)
 class Worker:
-    """This process: its device and its place among the processes of the run."""
+    """This process: its device and its place among the processes of the run.
+
+    Args:
+        host_group: the processes as a group whose exchanges do not wait for GPUs; None for the
+            usual group.
+    """
 
     device: torch.device
     rank: int = 0
     world_size: int = 1
+    host_group: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -45,6 +54,14 @@ class Worker:
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
+
+    def largest(self, values: Sequence[int]) -> list[int]:
+        """The largest of each value over all processes. Does not wait for the device."""
+        if self.world_size == 1:
+            return list(values)
+        tensor = torch.tensor(values)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.host_group)
+        return tensor.tolist()
 
     def gather_objects(self, value: Any) -> list[Any]:
         """One value from every process, in their order."""
@@ -103,28 +120,61 @@ def num_processes(devices: Sequence[torch.device]) -> int:
 def launch(script: str, arguments: Sequence[str], count: int) -> int:
     """Run ``script`` once per device and return the first bad exit status, or 0.
 
-    When one process fails the others are stopped: they would wait for it for ever.
+    When one process fails the others are stopped: they would wait for it for ever. Signals are
+    passed on as SIGTERM, which a terminal does not send to the processes by itself.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = []
-    for rank in range(count):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count}
-        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, NOTED: 1}
-        environment = os.environ | {name: str(value) for name, value in own.items()}
-        processes.append(subprocess.Popen([sys.executable, script, *arguments], env=environment))
-    try:
-        while True:
-            statuses = [process.poll() for process in processes]
-            failed = next((status for status in statuses if status), 0)
-            if failed or None not in statuses:
-                return failed
-            time.sleep(0.1)
-    finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
+    with Interruption() as interruption:
+        for rank in range(count):
+            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count}
+            own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, NOTED: 1}
+            environment = os.environ | {name: str(value) for name, value in own.items()}
+            command = [sys.executable, script, *arguments]
+            processes.append(subprocess.Popen(command, env=environment))
+        try:
+            status = _first_failure(processes, interruption)
+            if status in STATUSES:
+                for process in processes:  # all of which stop at this step
+                    process.wait()
+            if interruption.signal and (status in STATUSES or -status in SIGNALS):
+                return 128 + interruption.signal
+            return status
+        except KeyboardInterrupt:
+            for process in processes:
+                process.kill()
+            raise
+        finally:
+            _end(processes)
+
+
+def _first_failure(processes: Sequence[subprocess.Popen], interruption: Interruption) -> int:
+    """The exit status of the process that fails first, or 0 when all are done."""
+    has_told = False
+    while True:
+        if interruption.signal and not has_told:
+            has_told = True
+            for process in processes:
+                process.terminate()
+        statuses = [process.poll() for process in processes]
+        failed = next((status for status in statuses if status), 0)
+        if failed or None not in statuses:
+            return failed
+        time.sleep(0.1)
+
+
+def _end(processes: Sequence[subprocess.Popen]) -> None:
+    """Stop processes that still run, in the end by force."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + _PATIENCE
+    for process in processes:
+        try:
+            process.wait(max(0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
             process.wait()
 
 
@@ -143,8 +193,9 @@ def joined(devices: Sequence[torch.device]):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    host_group = dist.new_group(backend="gloo") if device.type == "cuda" else None
     try:
-        yield Worker(device, dist.get_rank(), dist.get_world_size())
+        yield Worker(device, dist.get_rank(), dist.get_world_size(), host_group)
     finally:
         dist.destroy_process_group()
 

@@ -89,8 +89,8 @@ class ImageRun(run.Run):
         loader = data.step_loader(*shared, settings.num_steps, settings.eval_every)
         return loader, max(1, len(part) // settings.batch_size)
 
-    def begin_epoch(self, loader: DataLoader, epoch: int) -> None:
-        loader.sampler.set_epoch(epoch)
+    def begin_epoch(self, loader: DataLoader, epoch: int, done: int) -> None:
+        loader.sampler.set_epoch(epoch, done)
 
     def validate(self, worker: Worker, title: str) -> dict[str, float]:
         return self._score(self.parts.validation, worker, title)

@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from aal.memory import MIB, saved_bytes
 from aal.preserved import preserved
 from aal.training.command_line import UserError
 from aal.training.devices import Worker
+from aal.training.totals import Progress, Totals
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _INDICATOR_STEPS = 4  # sampled steps per epoch
@@ -93,10 +94,12 @@ class Trainer:
     step: int = 0
     saved_mib: float | None = None
     compression_report: Report | None = None  # of the last epoch's last batch
+    progress: Progress | None = None  # of the epoch that is being learned
 
     def __post_init__(self) -> None:
         self.scaler = torch.amp.GradScaler(self.worker.device.type, enabled=self.amp == "fp16")
         self.compression = self.compress and self.compress()
+        self._awaited: dict[str, Tensor] | None = None  # random state of the epoch to be continued
 
     def measure_saved_mib(self, loader: Any) -> float:
         """MiB that autograd holds between forward and backward, per process.
@@ -114,52 +117,84 @@ class Trainer:
         self.saved_mib = held / MIB
         return self.saved_mib
 
-    def train_epoch(self, loader: Any, title: str) -> dict[str, float]:
-        """One pass over ``loader``; returns the means over its units.
+    def train_epoch(
+        self, loader: Any, title: str, after_step: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
+        """One pass over ``loader``, or the rest of one; returns the means over all its units.
+
+        Args:
+            loader: yields the batches that are not yet done; its length is that of the epoch.
+            after_step: called after every step but the last.
 
         Raises:
-            UserError: the loss is not finite.
+            UserError: the loss is not finite, or the epoch that was begun had other steps.
         """
         self.model.train()
-        sampled = self._indicator_steps(len(loader))
-        start = time.perf_counter()
-        totals = _Totals(self.task, self.worker)
-        for number, batch in enumerate(_batches(loader, title, totals, self.saved_mib)):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate(self.step)
-            self.optimizer.zero_grad(set_to_none=True)
-            batch = self.task.changed(batch)
-            loss = self._backward(batch, number in sampled, totals)
-            if number % _CHECK_EVERY == 0:
-                self._check(loss, title)
-            if self.max_grad_norm:
-                self.scaler.unscale_(self.optimizer)
-                nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.step += 1
-            self._step_compression(batch, is_last=number + 1 == len(loader))
-        self._check(totals.loss, title)
-        seconds = time.perf_counter() - start
-        means, unit = totals.means(), self.task.unit
-        return means | {"seconds": seconds, f"{unit}_per_s": means.pop(unit) / seconds}
+        if self.progress is None:
+            totals = Totals(self.task.unit, self.task.measures, self.worker)
+            self.progress = Progress(title, len(loader), totals)
+        progress = self.progress
+        if progress.of != len(loader):
+            raise UserError(
+                f"the state was saved in an epoch of {progress.of} steps, which has {len(loader)} "
+                "now; continue with as many processes as it was saved by"
+            )
+        start = time.perf_counter() - progress.seconds
+        batches = iter(loader)  # which may draw random numbers, as it did when the epoch began
+        if self._awaited is not None:
+            self.set_random_state(self._awaited)
+            self._awaited = None
+        bar = _bar(progress.of, title, self.worker, initial=progress.steps)
+        saved = "" if self.saved_mib is None else f", saved {self.saved_mib:.1f} MiB"
+        with bar:
+            for batch in batches:
+                self._learn(self.task.on_device(batch, self.worker.device))
+                progress.seconds = time.perf_counter() - start
+                if bar.update():
+                    bar.set_postfix_str(f"{progress.totals}{saved}", refresh=False)
+                if progress.steps < progress.of:
+                    after_step()
+        self._check(progress.totals.loss)
+        means, unit = progress.totals.means(), self.task.unit
+        progress.seconds = time.perf_counter() - start
+        rate = means.pop(unit) / progress.seconds
+        return means | {"seconds": progress.seconds, f"{unit}_per_s": rate}
+
+    def end_epoch(self) -> None:
+        """The next epoch begins at its first step."""
+        self.progress = None
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on, apart from data and configuration.
 
-        Takes part in every process, each of which has a random state of its own.
+        Takes part in every process, each of which has a random state and a part of the epoch of
+        its own.
+
+        Raises:
+            UserError: the loss is not finite.
         """
-        rng = {"cpu": torch.get_rng_state()}
-        if self.worker.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.worker.device)
+        progress, own = self.progress, {"rng": self.random_state()}
+        if progress is not None:
+            self._check(progress.totals.loss)
+            own["totals"] = progress.totals.state()
+            own["indicators"] = self.recorder.state() if self.recorder else {}
+        processes = self.worker.gather_objects(own)
         # Of a compressor only the place in its noise: what it learned, it learns again.
         return {
             "model": self._bare_model().state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "rng": self.worker.gather_objects(rng),
+            "rng": [process.pop("rng") for process in processes],
             "step": self.step,
             "forwards": self.compression.forwards if self.compression else 0,
+            "progress": progress
+            and {
+                "title": progress.title,
+                "of": progress.of,
+                "steps": progress.steps,
+                "seconds": progress.seconds,
+                "processes": processes,
+            },
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -170,14 +205,65 @@ class Trainer:
         self.step = state["step"]
         if self.compression:
             self.compression.forwards = state["forwards"]
-        if len(state["rng"]) != self.worker.world_size:
-            return
-        rng = state["rng"][self.worker.rank]
+        if state.get("progress") is not None:  # older versions saved states between epochs alone
+            self._load_progress(**state["progress"])
+        if len(state["rng"]) == self.worker.world_size:
+            rng = state["rng"][self.worker.rank]
+            if self.progress is None:
+                self.set_random_state(rng)
+            else:
+                self._awaited = rng
+
+    def _load_progress(
+        self, title: str, of: int, steps: int, seconds: float, processes: Sequence[dict[str, Any]]
+    ) -> None:
+        """Continue an epoch; of other processes than before, the first takes all that they had."""
+        totals = Totals(self.task.unit, self.task.measures, self.worker)
+        if len(processes) == self.worker.world_size:
+            own = processes[self.worker.rank : self.worker.rank + 1]
+        else:
+            own = processes if self.worker.is_main else ()
+        if own:
+            totals.load_state(sum(process["totals"] for process in own))
+        if self.recorder is not None:
+            for process in own:
+                self.recorder.add_state(process["indicators"])
+        self.progress = Progress(title, of, totals, steps, seconds)
+
+    def random_state(self) -> dict[str, Tensor]:
+        """Of this process, on CPU and on its GPU."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.worker.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.worker.device)
+        return rng
+
+    def set_random_state(self, rng: dict[str, Tensor]) -> None:
+        """Go back to a ``random_state()``."""
         torch.set_rng_state(rng["cpu"])
         if self.worker.device.type == "cuda" and "cuda" in rng:
             torch.cuda.set_rng_state(rng["cuda"], self.worker.device)
 
-    def _backward(self, batch: Any, sampled: bool, totals: "_Totals") -> Tensor:
+    def _learn(self, batch: Any) -> None:
+        """One step of the optimiser."""
+        progress = self.progress
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        batch = self.task.changed(batch)
+        is_sampled = progress.steps in self._indicator_steps(progress.of)
+        loss = self._backward(batch, is_sampled, progress.totals)
+        if progress.steps % _CHECK_EVERY == 0:
+            self._check(loss)
+        if self.max_grad_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+        progress.steps += 1
+        self._step_compression(batch, is_last=progress.steps == progress.of)
+
+    def _backward(self, batch: Any, sampled: bool, totals: Totals) -> Tensor:
         """Add the gradient of a batch's loss, part by part; returns this process's share of it."""
         parts, weight = self.task.split(batch, self.accumulation), self.task.weight
         # The wrapper averages the gradients of the processes, whatever their weights.
@@ -233,11 +319,11 @@ class Trainer:
             return set()
         return {i * num_batches // _INDICATOR_STEPS for i in range(_INDICATOR_STEPS)}
 
-    def _check(self, loss: Tensor, title: str) -> None:
+    def _check(self, loss: Tensor) -> None:
         if not math.isfinite(loss.item()):
             raise UserError(
-                f"the loss is {loss.item()} at step {self.step} ({title}); try a lower --lr. "
-                "Files of earlier epochs are untouched"
+                f"the loss is {loss.item()} at step {self.step} ({self.progress.title}); try a "
+                "lower --lr. Files that were written before are untouched"
             )
 
 
@@ -251,62 +337,26 @@ def evaluate(
         UserError: the loss is not finite.
     """
     model.eval()
-    totals = _Totals(task, worker)
-    for batch in _batches(loader, title, totals):
-        with autocast(worker.device, amp):
-            loss, sums = task.loss(model, batch)
-        totals.add(loss, task.weight(batch), sums)
+    totals = Totals(task.unit, task.measures, worker)
+    with _bar(len(loader), title, worker) as bar:
+        for batch in loader:
+            batch = task.on_device(batch, worker.device)
+            with autocast(worker.device, amp):
+                loss, sums = task.loss(model, batch)
+            totals.add(loss, task.weight(batch), sums)
+            if bar.update():
+                bar.set_postfix_str(f"{totals}", refresh=False)
     means = totals.means()
     if not math.isfinite(means["loss"]):
         raise UserError(f"the loss is {means['loss']} ({title}): the weights are no good")
     return means
 
 
-class _Totals:
-    """Sums over the units of a task, on the device until they are asked for."""
-
-    def __init__(self, task: Task, worker: Worker):
-        self.task, self.worker = task, worker
-        self.loss, self.weight, *self.sums = torch.zeros(
-            2 + len(task.measures), dtype=torch.float64, device=worker.device
-        )
-
-    def add(self, loss: Tensor, weight: int, sums: Sequence[Tensor]) -> None:
-        """A batch of a mean loss and of sums of the measures."""
-        self.loss = self.loss + loss.detach() * weight
-        self.weight = self.weight + weight
-        self.sums = [total + value for total, value in zip(self.sums, sums, strict=True)]
-
-    def means(self) -> dict[str, float]:
-        """Over all processes."""
-        totals = torch.stack([self.loss, self.weight, *self.sums])
-        loss, weight, *sums = self.worker.sum(totals).tolist()
-        measures = zip(self.task.measures, sums, strict=True)
-        return {
-            "loss": loss / weight,
-            **{name: value / weight for name, value in measures},
-            self.task.unit: weight,
-        }
-
-    def __str__(self) -> str:
-        """Means of this process."""
-        names = ("loss", *self.task.measures)
-        values = zip(names, (self.loss, *self.sums), strict=True)
-        return ", ".join(f"{name} {value / self.weight:.4f}" for name, value in values)
-
-
-def _batches(
-    loader: Any, title: str, totals: _Totals, saved_mib: float | None = None
-) -> Iterator[Any]:
-    """Batches on the worker's device, under a progress bar where there is a terminal."""
-    worker, task = totals.worker, totals.task
-    saved = "" if saved_mib is None else f", saved {saved_mib:.1f} MiB"
+def _bar(steps: int, title: str, worker: Worker, initial: int = 0) -> tqdm:
+    """A progress bar where there is a terminal."""
     quiet = not (worker.is_main and sys.stderr.isatty())
-    with tqdm(total=len(loader), desc=title, unit=" steps", leave=False, disable=quiet) as bar:
-        for batch in loader:
-            yield task.on_device(batch, worker.device)
-            if bar.update():
-                bar.set_postfix_str(f"{totals}{saved}", refresh=False)
+    kind = {"unit": " steps", "leave": False, "disable": quiet}
+    return tqdm(total=steps, desc=title, initial=initial, **kind)
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:

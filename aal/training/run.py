@@ -7,21 +7,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from aal.indicator import IndicatorRecorder
-from aal.memory import MIB
 from aal.training import devices
 from aal.training.command_line import Parser, UserError, is_first
 from aal.training.compression_flags import add_compression_flags, compression_of
+from aal.training.course import Course
 from aal.training.devices import Worker
 from aal.training.files import read_checkpoint
 from aal.training.loop import Task, Trainer
 from aal.training.recipe import Recipe
 from aal.training.run_folder import RunFolder, check_agrees
-from aal.training.tensorboard import EventFile, check_installed
+from aal.training.saving import add_saving_flags
+from aal.training.tensorboard import check_installed
 
 _MAX_NAME = 230  # bytes; 255 are possible, and files in the folder add some
 
@@ -38,8 +38,10 @@ def add_arguments(parser: Parser) -> None:
     add_compression_flags(parser)
     parser.add_switch("--get-li", help="record Learning Indicators")
     parser.add_switch("--tensorboard", help="write TensorBoard's event files into the run's folder")
-    parser.add_switch("--resume", help="continue the run of the same settings")
-    parser.add_switch("--checkpoint", help="the old name of --resume")
+    add_saving_flags(parser)
+    help = "continue the run of the same settings; with auto, begin it where there is none"
+    parser.add_switch("--resume", help=help, word="auto")
+    parser.add_switch("--checkpoint", help="the old name of --resume", word="auto")
     parser.add_switch("--dry-run", help="two steps on random data; writes nothing")
 
 
@@ -95,7 +97,10 @@ class Run:
         refuse_together(args, "dry_run", "resume")
         self.folder = None
         if not (args.dry_run or "model_path" in args):
-            self.folder = RunFolder(args.output, self.name(), self.metric, self.columns)
+            place = args.output, self.name()
+            self.folder = RunFolder(*place, self.metric, self.columns, args.keep)
+            if args.resume == "auto":
+                args.resume = self.folder.has_state
             if is_first():
                 self.folder.check(args.resume)
 
@@ -115,8 +120,11 @@ class Run:
         """This process's batches, and how many steps an epoch has."""
         raise NotImplementedError
 
-    def begin_epoch(self, loader: Any, epoch: int) -> None:
-        """Make the loader yield the batches of an epoch, counted from 0."""
+    def begin_epoch(self, loader: Any, epoch: int, done: int) -> None:
+        """Make the loader yield the batches of an epoch, counted from 0, but the first ``done``.
+
+        Its length stays that of the whole epoch.
+        """
         raise NotImplementedError
 
     def validate(self, worker: Worker, title: str) -> dict[str, Any]:
@@ -174,7 +182,7 @@ class Run:
         elif self.args.dry_run:
             self._try_out(worker)
         else:
-            self._train(worker)
+            Course(self, worker, *self._trainer(worker)).follow()
 
     def _trainer(self, worker: Worker) -> tuple[Trainer, Any]:
         settings, model = self.settings, self.model
@@ -211,88 +219,17 @@ class Run:
                 f"{_rate(train)}; nothing was written"
             )
 
-    def _train(self, worker: Worker) -> None:
-        trainer, loader = self._trainer(worker)
-        first_epoch, best = 0, float("-inf")
-        best_metric, val_metric = f"best_{self.metric}", f"val_{self.metric}"
-        if self.args.resume:
-            state = self.folder.resume(self.config)
-            self.check_extras(state)
-            try:
-                trainer.load_state(state)
-            except (KeyError, TypeError, ValueError, RuntimeError) as error:
-                raise UserError(f"{self.folder.last} is damaged: {error}") from error
-            first_epoch, best = state["epoch"], state[best_metric]
-            if trainer.recorder is not None:
-                trainer.recorder.resume(self.folder.indicator_names)
-        elif worker.is_main:
-            self.folder.start(self.config)
-        events = None
-        if self.args.tensorboard and worker.is_main:
-            events = EventFile(self.folder.path / "tensorboard", self.folder.metrics)
-        trainer.measure_saved_mib(loader)
-        for epoch in range(first_epoch, self.settings.rounds):
-            if trainer.compression is not None:
-                trainer.compression.method.epoch = epoch
-            row, indicator = self._epoch(trainer, loader, epoch, worker)
-            if worker.is_main and trainer.compression is not None and epoch == 0:
-                self.folder.record_compression(str(trainer.compression_report))
-            is_best = row[val_metric] > best
-            best = max(best, row[val_metric])
-            state = trainer.state()
-            if worker.is_main:
-                state |= {"config": self.config, "function": self.function, "epoch": epoch + 1}
-                state |= {val_metric: row[val_metric], best_metric: best, **self.extras()}
-                if events is not None:  # first, as an epoch that is not finished is done again
-                    events.record(row)
-                self.folder.finish_epoch(row, indicator, state, is_best)
-                print(self._line(row, self.settings.round_name(epoch + 1)), flush=True)
-        worker.barrier()
-        self._load_checkpoint(self.folder.best)
-        test = self._test(worker)
-        if worker.is_main:
-            self.folder.finish(test)
-            print(f"run folder: {self.folder.path}")
-
-    def _epoch(self, trainer: Trainer, loader: Any, epoch: int, worker: Worker):
-        """Train to the next validation; returns the row of metrics and the indicators, if any.
-
-        In a run of ``num_steps`` what lies between two validations counts as an epoch.
-        """
-        if worker.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(worker.device)
-        self.begin_epoch(loader, epoch)
-        title = self.settings.round_name(epoch + 1)
-        train = trainer.train_epoch(loader, title)
-        peak = None
-        if worker.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(worker.device) / MIB
-        worker.share_buffers(self.model)  # what is validated is what is saved
-        validation = self.validate(worker, title)
-        scores = {f"train_{name}": value for name, value in train.items()}
-        scores |= {f"val_{name}": value for name, value in validation.items()}
-        rate = f"{trainer.task.unit}_per_s"
-        row = {
-            "epoch": epoch + 1,
-            "step": trainer.step,
-            **{name: value for name, value in scores.items() if name in self.columns},
-            "learning_rate": trainer.optimizer.param_groups[0]["lr"],
-            "saved_mib": trainer.saved_mib,
-            "peak_mib": peak,
-            rate: train[rate],
-            "seconds": train["seconds"],
-        }
-        if trainer.recorder is None:
-            return row, None
-        values = trainer.recorder.take(worker.gather_objects)
-        row["indicator"] = trainer.recorder.summary(values)
-        return row, values[0].numpy()
-
-    def _line(self, row: Mapping[str, Any], title: str) -> str:
+    def epoch_text(self, row: Mapping[str, Any], title: str) -> str:
+        """The metrics of an epoch, for people."""
         return (
             f"{title}  {self.scores_text(row)}  saved {row['saved_mib']:.1f} MiB  {_rate(row)}  "
             f"{row['seconds']:.1f} s"
         )
+
+    def score_test(self, path: Path, worker: Worker) -> dict[str, Any]:
+        """Score a checkpoint on the test part, and tell the user."""
+        self._load_checkpoint(path)
+        return self._test(worker)
 
     def _test(self, worker: Worker) -> dict[str, Any]:
         test = self.test(worker)
@@ -327,13 +264,18 @@ def execute(run: Run, script: str, arguments: Sequence[str]) -> int:
     """Execute a run, in one process per device; returns the exit status."""
     try:
         if len(run.devices) > 1 and not devices.is_launched():
+            if run.folder is not None:
+                run.folder.release()  # the first process takes it
             return devices.launch(script, arguments, len(run.devices))
         with devices.joined(run.devices) as worker:
             run.execute(worker)
     except KeyboardInterrupt as error:
-        if run.folder is not None and run.folder.last.is_file():
-            raise KeyboardInterrupt("--resume continues after the last validation") from error
+        if run.folder is not None and run.folder.has_state:
+            raise KeyboardInterrupt("--resume continues from the last saved state") from error
         raise
+    finally:
+        if run.folder is not None:
+            run.folder.release()
     return 0
 
 

@@ -13,13 +13,17 @@ import torch
 from aal.training.command_line import UserError
 from aal.training.files import (
     read_checkpoint,
+    remove_leftovers,
     write_array,
     write_checkpoint,
     write_json,
     write_text,
 )
+from aal.training.folder_lock import FolderLock
+from aal.training.states import States
 
-_ONLY_TO_RESUME = ("optimizer", "scaler", "rng", "step", "forwards")  # of the full state
+# Of the full state:
+_ONLY_TO_RESUME = ("optimizer", "scaler", "rng", "step", "progress", "forwards")
 
 
 class RunFolder:
@@ -30,10 +34,15 @@ class RunFolder:
         experiment: name that tells the run apart.
         metric: what says which epoch is best, such as "accuracy".
         columns: metrics of an epoch that go into the table ``<experiment>.npy``.
+        keep: how many full states stay.
     """
 
-    def __init__(self, output: Path, experiment: str, metric: str, columns: Sequence[str]):
+    def __init__(
+        self, output: Path, experiment: str, metric: str, columns: Sequence[str], keep: int
+    ):
         self.path, self.experiment = output / experiment, experiment
+        self.states = States(self.path, keep)
+        self._lock: FolderLock | None = None
         self.best_metric, self.columns = f"best_{metric}", columns
         self.metrics: list[dict[str, Any]] = []
         self.indicators: list[np.ndarray] = []
@@ -41,7 +50,12 @@ class RunFolder:
 
     @property
     def last(self) -> Path:
-        return self.path / "last.pth"
+        return self.states.newest
+
+    @property
+    def has_state(self) -> bool:
+        """Is there a run to be continued?"""
+        return bool(self.states.paths())
 
     @property
     def best(self) -> Path:
@@ -50,29 +64,37 @@ class RunFolder:
     def check(self, resume: bool) -> None:
         """Raise ``UserError`` if there is a run and none should be, or the other way round.
 
-        A run that was stopped in its first epoch left nothing to continue, and is begun again. A
-        folder that holds anything else is somebody else's.
+        A run that was stopped before its first checkpoint left nothing to continue, and is begun
+        again. A folder that holds anything else is somebody else's. From here on the folder is
+        locked, if there is one.
         """
         try:
-            files = {file.name for file in self.path.iterdir()} if self.path.exists() else set()
+            names = [file.name for file in self.path.iterdir()] if self.path.exists() else []
         except OSError as error:
             raise UserError(f"cannot use {self.path}: {error.strerror}") from error
-        if resume and not {"last.pth", "best.pth"} <= files:
+        files = {name for name in names if not name.startswith(".")}  # our lock, cut-off writes
+        if resume and not self.has_state:
             raise UserError(f"nothing to resume: there is no {self.last}")
-        if not resume and "last.pth" in files:
+        if not resume and self.has_state:
             raise UserError(
                 f"{self.path} already holds a run; --resume continues it, --output names another "
                 "place"
             )
         if not resume and files and not self._is_begun_run(files):
             raise UserError(f"{self.path} already holds other files; --output names another place")
+        if self.path.exists():
+            self._lock = FolderLock(self.path)
+            remove_leftovers(self.path, {*self._own_files, *files, "last.pth"})
+
+    def release(self) -> None:
+        """Let another run work in the folder."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def _is_begun_run(self, files: set[str]) -> bool:
         """Are these the files that a run leaves before its first checkpoint, and no others?"""
-        own = {"config.json", "environment.json", "metrics.jsonl", "best.pth", "compression.txt"}
-        own.add("tensorboard")
-        own |= {f"{self.experiment}.npy", self._indicator_file.name}
-        foreign = {name for name in files - own if not name.startswith(".")}  # cut-off writes
+        foreign = files - self._own_files
         try:
             config = json.loads((self.path / "config.json").read_text())
         except (OSError, ValueError):
@@ -85,6 +107,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot create {self.path}: {error.strerror}") from error
+        if self._lock is None:
+            self.check(resume=False)  # once more, as another run may have come first
         write_json(self.path / "config.json", config)
         write_json(self.path / "environment.json", environment())
 
@@ -94,17 +118,22 @@ class RunFolder:
         Raises:
             UserError: a file is damaged, or belongs to a run with other settings.
         """
-        state = read_checkpoint(self.last)
+        path, state = self.states.read()
         if not {"config", "epoch", self.best_metric} <= set(state):
-            raise UserError(f"{self.last} is not the state of a run")
-        check_agrees(self.last, state["config"], config)
-        epochs = state["epoch"]
+            raise UserError(f"{path} is not the state of a run")
+        check_agrees(path, state["config"], config)
+        if epochs := state["epoch"]:
+            self._read_records(epochs, config["get_li"])
+            read_checkpoint(self.best)  # which the run ends with
+        return state
+
+    def _read_records(self, epochs: int, has_indicators: bool) -> None:
         try:
             lines = (self.path / "metrics.jsonl").read_text().splitlines()
             self.metrics = [json.loads(line) for line in lines[:epochs]]
             if [row["epoch"] for row in self.metrics] != list(range(1, epochs + 1)):
                 raise ValueError("metrics.jsonl lacks epochs")
-            if config["get_li"]:
+            if has_indicators:
                 indicators = np.load(self._indicator_file, allow_pickle=False)[:epochs]
                 if indicators.ndim != 3 or len(indicators) != epochs:
                     raise ValueError(f"{self._indicator_file.name} lacks epochs")
@@ -112,7 +141,6 @@ class RunFolder:
                 self.indicator_names = list(self.metrics[-1]["indicator"])
         except (OSError, ValueError, EOFError, KeyError, TypeError, IndexError) as error:
             raise UserError(f"the records in {self.path} are damaged: {error}") from error
-        return state
 
     def finish_epoch(
         self, row: dict[str, Any], indicator: np.ndarray | None, state: dict[str, Any], best: bool
@@ -130,7 +158,7 @@ class RunFolder:
             left_out = {*_ONLY_TO_RESUME, self.best_metric}
             kept = {name: value for name, value in state.items() if name not in left_out}
             write_checkpoint(self.best, kept)
-        write_checkpoint(self.last, state)
+        self.states.write(state)
 
     def record_compression(self, report: str) -> None:
         """Record what became of each tensor that autograd saved."""
@@ -139,6 +167,12 @@ class RunFolder:
     def finish(self, test: dict[str, Any]) -> None:
         """Record the score of the best checkpoint on the test part."""
         write_json(self.path / "test.json", test)
+
+    @property
+    def _own_files(self) -> set[str]:
+        """What a run leaves before its first full state."""
+        own = {"config.json", "environment.json", "metrics.jsonl", "best.pth", "compression.txt"}
+        return own | {"tensorboard", f"{self.experiment}.npy", self._indicator_file.name}
 
     @property
     def _indicator_file(self) -> Path:

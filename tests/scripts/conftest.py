@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import runpy
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torchvision import datasets
 
 from aal.training.run_folder import RunFolder
+from aal.training.saving import Saver
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ("n01443537", "n01629819")
@@ -252,6 +254,26 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable:
             yield
 
     return interrupted
+
+
+@pytest.fixture
+def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """Send a signal to this process after some optimiser step, inside a ``with`` block."""
+
+    @contextlib.contextmanager
+    def signalled(step: int, number: int = signal.SIGTERM):
+        after_step = Saver.after_step
+
+        def send(self, now):
+            if now == step:
+                os.kill(os.getpid(), number)
+            after_step(self, now)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Saver, "after_step", send)
+            yield
+
+    return signalled
 
 
 def run_folder(tmp_path: Path) -> Path:

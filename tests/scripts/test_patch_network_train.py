@@ -30,7 +30,7 @@ def test_a_run_leaves_everything_in_its_folder(train_patches: Callable, tmp_path
     name = folder.name
     assert re.match(r"tiny-imagenet_(vit|mlp_mixer)_asa1_.*epochs-2_batch-size-6_img-size-8$", name)
     expected = ["best.pth", "config.json", "environment.json", f"{name}.npy", f"{name}_li.npy"]
-    expected += ["last.pth", "metrics.jsonl", "test.json"]
+    expected += ["last.pth", "last-1.pth", "metrics.jsonl", "test.json", ".lock"]
     assert sorted(files_of(folder)) == sorted(expected)
     assert re.search(r"epoch 2/2 .* saved \d+\.\d MiB .* samples/s", out)
     assert re.search(r"test accuracy \d+\.\d\d %, loss .* \(2 images\)", out)

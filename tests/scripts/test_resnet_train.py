@@ -28,7 +28,7 @@ def test_a_run_leaves_everything_in_its_folder(train: Callable, tmp_path: Path):
     name = folder.name
     assert name == "tiny-imagenet_resnet18_ara-2-2-2-2_gcp_lr-0.01_epochs-2_batch-size-6"
     expected = ["best.pth", "config.json", "environment.json", f"{name}.npy", f"{name}_li.npy"]
-    expected += ["last.pth", "metrics.jsonl", "test.json"]
+    expected += ["last.pth", "last-1.pth", "metrics.jsonl", "test.json", ".lock"]
     assert sorted(files_of(folder)) == sorted(expected)
     assert re.search(r"epoch 2/2 .* saved \d+\.\d MiB .* samples/s", out)
     assert re.search(r"test accuracy \d+\.\d\d %, loss .* \(2 images\)", out)
@@ -332,7 +332,7 @@ def test_a_checkpoint_of_another_model_is_refused(train: Callable, tmp_path: Pat
         status, _, err = train(*arguments, "--model_path", best)
         assert status == 2 and err.count("\n") == 1 and words in err
     state = torch.load(best, weights_only=True)
-    del state["function"], state["model"]["fc.bias"]
+    del state["function"], state["model"]["fc.bias"], state["checksum"]
     torch.save(state, tmp_path / "headless.pth")
     status, _, err = train("--learning-rule", "asa", "--model_path", tmp_path / "headless.pth")
     assert status == 2 and err.count("\n") == 1 and "lacks fc.bias" in err
@@ -347,5 +347,6 @@ def test_the_flags_are_these(call: Callable):
         --imagenet-data-path --tiny-imagenet-data-path --optimizer --scheduler --decay-type --lr
         --learning-rate --epochs --max-epochs --batch-size --train-batch-size --test-batch-size
         --eval-batch-size --amp --device --workers --num-workers --seed --output --output-dir
-        --model-path --get-li --tensorboard --resume --checkpoint --dry-run""".split()
+        --model-path --get-li --tensorboard
+        --save-every --keep --resume --checkpoint --dry-run""".split()
     )

@@ -65,7 +65,7 @@ def test_a_run_leaves_everything_in_its_folder(train_transformer: Callable, tmp_
     name = folder.name
     assert re.match(r"parallel_E2G_baseline_asa1_hidden-8_.*min-freq-1_epochs-2_batch-size", name)
     expected = ["best.pth", "config.json", "environment.json", f"{name}.npy", f"{name}_li.npy"]
-    expected += ["last.pth", "metrics.jsonl", "test.json"]
+    expected += ["last.pth", "last-1.pth", "metrics.jsonl", "test.json", ".lock"]
     assert sorted(files_of(folder)) == sorted(expected)
     line = r"epoch 2/2  train loss \S+  validation loss \S+, BLEU \S+  saved \S+ MiB  \S+ tokens/s"
     assert re.search(line, out)
@@ -272,7 +272,7 @@ def test_only_a_run_with_a_checkpoint_can_be_resumed(
 ):
     with stop_after(1):
         status, _, err = train_transformer("--epochs", 2)
-    hint = "--resume continues after the last validation"
+    hint = "--resume continues from the last saved state"
     assert (status, err) == (130, f"train.py: interrupted; {hint}\n")
     best = run_folder(tmp_path) / "best.pth"
     monkeypatch.setattr(sys, "stdin", Terminal(capfd, leaves=True))
@@ -345,6 +345,7 @@ def test_a_checkpoint_of_another_kind_is_refused(
 ):
     train_transformer("--epochs", 1)
     state = torch.load(run_folder(tmp_path) / "best.pth", weights_only=True)
+    del state["checksum"]
     make, words = OTHER_CHECKPOINTS[what]
     torch.save(make(state), tmp_path / "x.pth")
     result = train_transformer("--model-path", tmp_path / "x.pth")
@@ -552,6 +553,7 @@ def test_the_flags_are_these(call: Callable):
         --head --mlp-hidden --activation --dropout --learning-rule --lean --gcp --asa-scale
         --derivative --name --device --output --output-dir --model-path --get-li --resume
         --compress --compress-level --compress-bits --actnn --mesa --mesa-policy --tensorboard
+        --save-every --keep
         --checkpoint --dry-run --translate --epochs --num-of-epochs --max-epochs --batch-size --lr
         --learning-rate --warmup-steps --label-smoothing --max-grad-norm --clip-grad --amp
         --seed""".split()

@@ -153,6 +153,7 @@ def test_a_state_continues_the_noise(model: nn.Module, loader: DataLoader):
     whole = trainer_of(copy.deepcopy(model), FourBits())
     torch.manual_seed(2)
     whole.train_epoch(loader, "")
+    whole.end_epoch()
     state = copy.deepcopy(whole.state())
     whole.train_epoch(loader, "")
     other = trainer_of(model, FourBits())

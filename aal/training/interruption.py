@@ -1,0 +1,61 @@
+"""Signals that ask a run to stop: it does so where its state can be saved."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, Self
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STATUSES = tuple(128 + number for number in SIGNALS)  # of processes that stopped for them
+
+
+class StopAtOnce(BaseException):
+    """A signal came where it need not wait."""
+
+
+class Interruption:
+    """Notes SIGINT and SIGTERM down inside a ``with`` block, in the main thread.
+
+    A second SIGINT raises ``KeyboardInterrupt``. A signal that is ignored stays ignored.
+
+    Attributes:
+        signal: the first that came, or 0.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._interrupts, self._obeys_at_once = 0, False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Raise ``StopAtOnce`` inside this ``with`` block as soon as a signal comes."""
+        self._obeys_at_once = True
+        try:
+            if self.signal:
+                raise StopAtOnce
+            yield
+        finally:
+            self._obeys_at_once = False
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = self.signal or number
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            raise KeyboardInterrupt
+        if self._obeys_at_once:
+            self._obeys_at_once = False
+            raise StopAtOnce
