@@ -52,7 +52,7 @@ class Course:
         if self.run.args.tensorboard and self.worker.is_main:
             self.events = EventFile(self.folder.path / "tensorboard", self.folder.metrics)
         self.trainer.measure_saved_mib(self.loader)
-        write, every = self.folder.states.write, self.run.args.save_every
+        write, every = self.folder.save, self.run.args.save_every
         with (
             Interruption() as interruption,
             Saver(every, self._state, write, self.worker, interruption) as self.saver,

@@ -160,6 +160,10 @@ class RunFolder:
             write_checkpoint(self.best, kept)
         self.states.write(state)
 
+    def save(self, state: dict[str, Any]) -> None:
+        """Write the full state within an epoch."""
+        self.states.write(state)
+
     def record_compression(self, report: str) -> None:
         """Record what became of each tensor that autograd saved."""
         write_text(self.path / "compression.txt", f"{report}\n")
