@@ -5,7 +5,7 @@ from pathlib import Path
 
 import labelled
 
-from aal.training.command_line import Parser, UserError, note, positive_int
+from aal.training.command_line import Parser, UserError, note, positive_int, tensor_size
 
 USUAL_TEXTS = {"max_length": 128, "pad_to_max_length": False, "vocab_size": 30_522}
 TABLE = ("train_file", "test_file", "text_columns", "label_column")  # flags of tsv
@@ -25,7 +25,7 @@ def add_text_flags(parser: Parser) -> None:
     help = "fill up all that is learned to --max-length, instead of to the longest of a batch"
     parser.add_switch("--pad-to-max-length", help=help)
     help = "most ids of the tokeniser that is learnt where none is pretrained"
-    add("--vocab-size", type=positive_int, default=USUAL_TEXTS["vocab_size"], help=help)
+    add("--vocab-size", type=tensor_size, default=USUAL_TEXTS["vocab_size"], help=help)
 
 
 def _add_table_flags(parser: Parser) -> None:

@@ -29,7 +29,15 @@ import aal
 from aal.method import Method
 from aal.rules.weights import load_weights
 from aal.training import command_line, run
-from aal.training.command_line import Parser, UserError, fraction, note, positive_int
+from aal.training.command_line import (
+    Parser,
+    UserError,
+    fraction,
+    layer_count,
+    note,
+    positive_int,
+    tensor_size,
+)
 from aal.training.method_flags import OPTIONS, add_method_flags, note_inert_flags
 from aal.training.recipe import FLAGS, Flag, Recipe, add_recipe_flags, usual_text
 
@@ -48,7 +56,7 @@ _USUAL_OPTIONS = {name: getattr(Method(), name) for name in ("asa_scale", "deriv
 RECIPE_FLAGS = ("epochs", "batch_size", "gradient_accumulation_steps", "lr", "warmup_share")
 RECIPE_FLAGS += ("weight_decay", "max_grad_norm", "amp", "seed")
 CHANGED_FLAGS: dict[str, Flag] = {
-    "batch_size": ((), {"type": positive_int}, "texts per step, all devices together"),
+    "batch_size": ((), {"type": tensor_size}, "texts per step, all devices together"),
     "weight_decay": (
         *FLAGS["weight_decay"][:2],
         "share of the weights that a step of size 1 takes off, of matrices alone",
@@ -107,7 +115,7 @@ def _add_sizes(parser: Parser) -> None:
         parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=help)
 
     add("--hidden", "numbers per token")
-    add("--num-layers", "layers")
+    add("--num-layers", "layers", layer_count)
     add("--head", "attention heads")
     add("--mlp-hidden", "hidden units of an MLP")
     add("--dropout", "probability of dropout", fraction)

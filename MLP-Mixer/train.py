@@ -24,7 +24,7 @@ import mlp_mixer
 
 from aal.feed_forward import ACTIVATIONS
 from aal.training import command_line, patch_network
-from aal.training.command_line import Parser, fraction, positive_int
+from aal.training.command_line import Parser, fraction, layer_count, positive_int
 from aal.training.image_recipe import ImageRecipe
 
 FROM_SCRATCH = ImageRecipe(
@@ -77,7 +77,7 @@ def add_sizes(parser: Parser) -> None:
     add("--hidden-size", help="numbers per token", usual=small.width)
     add("--hidden-c", help="hidden units of the channel MLP", usual=small.channel_width)
     add("--hidden-s", help="hidden units of the token MLP", usual=small.token_width)
-    add("--num-layers", help="blocks", usual=small.depth)
+    add("--num-layers", help="blocks", usual=small.depth, type=layer_count)
     help = "activation function of an MLP"
     add("--activation", help=help, usual=small.activation, type=str, choices=tuple(ACTIVATIONS))
     add("--dropout", "--drop-p", help="probability of dropout", usual=small.dropout, type=fraction)

@@ -33,9 +33,11 @@ from aal.training.command_line import (
     UserError,
     at_most,
     fraction,
+    layer_count,
     non_negative_float,
     note,
     positive_int,
+    tensor_size,
 )
 from aal.training.method_flags import (
     OPTIONS,
@@ -53,7 +55,7 @@ RECIPE_FLAGS = ("epochs", "batch_size", "lr", "warmup_steps", "label_smoothing",
 RECIPE_FLAGS += ("amp", "seed")
 CHANGED_FLAGS: dict[str, Flag] = {
     "epochs": (("--num-of-epochs", *FLAGS["epochs"][0]), *FLAGS["epochs"][1:]),
-    "batch_size": ((), {"type": positive_int}, "tokens per step, all devices together"),
+    "batch_size": ((), {"type": tensor_size}, "tokens per step, all devices together"),
     "lr": (*FLAGS["lr"][:2], "largest step size; if not given, 1 / sqrt(hidden * warmup-steps)"),
     "warmup_steps": ((), {"type": positive_int}, "steps in which the step size rises"),
 }
@@ -143,7 +145,7 @@ def _add_text_flags(parser: Parser) -> None:
 
     add("--tokenizer", "split texts into words, or into pairs of bytes", choices=tokens.KINDS)
     add("--min-freq", "how often a word occurs that gets an id", type=positive_int)
-    add("--vocab-size", "ids of bpe, or of a dry run, in each language", type=positive_int)
+    add("--vocab-size", "ids of bpe, or of a dry run, in each language", type=tensor_size)
     add("--max-length", "most tokens of a text that is learned", type=positive_int)
     help = "translations that are followed at once when scoring"
     add("--beam", help, type=at_most(MAX_BEAM, positive_int))
@@ -161,7 +163,7 @@ def _add_sizes(parser: Parser) -> None:
         parser.add_argument(flag, default=argparse.SUPPRESS, help=help, **kwargs)
 
     add("--hidden", "numbers per token", type=positive_int)
-    add("--num-layers", "layers of the encoder, and of the decoder", type=positive_int)
+    add("--num-layers", "layers of the encoder, and of the decoder", type=layer_count)
     add("--head", "attention heads", type=positive_int)
     add("--mlp-hidden", "hidden units of an MLP", type=positive_int)
     add("--activation", "activation function of an MLP", choices=tuple(ACTIVATIONS))

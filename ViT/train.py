@@ -24,7 +24,7 @@ import vit
 
 from aal.feed_forward import ACTIVATIONS
 from aal.training import command_line, patch_network
-from aal.training.command_line import Parser, fraction, positive_int
+from aal.training.command_line import Parser, fraction, layer_count, positive_int
 from aal.training.image_recipe import ImageRecipe
 
 FROM_SCRATCH = ImageRecipe(
@@ -84,7 +84,7 @@ def add_sizes(parser: Parser) -> None:
 
     add("--patch", "patches per side", small.image_size // small.patch_size, type=positive_int)
     add("--head", "attention heads", small.heads, type=positive_int)
-    add("--num-layers", "blocks", small.depth, type=positive_int)
+    add("--num-layers", "blocks", small.depth, type=layer_count)
     add("--hidden", "numbers per token", small.width, type=positive_int)
     add("--mlp-hidden", "hidden units of an MLP", small.mlp_width, type=positive_int)
     choices, help = tuple(ACTIVATIONS), "activation function of an MLP"

@@ -1,6 +1,7 @@
 """Command lines that take dashes or underscores and answer a mistake with one clear line."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,8 @@ def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str], program:
     Signals that ask to stop give 130 (SIGINT) and 143 (SIGTERM). The status is 1 when the reader of
     our output has gone, as in ``train.py ... | head -1``.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return main(arguments)
     except UserError as error:
@@ -69,9 +72,11 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
         known = {flag.lower(): flag for flag in [*self._option_string_actions, *self._rejected]}
         words = [_canonical(word, known) for word in args]
-        for flag in (word.partition("=")[0] for word in words):
+        for flag, _, value in (word.partition("=") for word in words):
             if flag in self._rejected:
                 raise UserError(f"{flag} {self._rejected[flag]}")
+            if value == "--":  # of which argparse makes an empty list
+                raise UserError(f"{flag} does not take the value --")
         return super().parse_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -179,6 +184,12 @@ def at_most(limit: float, kind: Callable[[str], Any]) -> Callable[[str], Any]:
         return value
 
     return number
+
+
+# Larger sizes of tensors overflow where they are computed, before they are refused as too large.
+tensor_size = at_most(2**31 - 1, positive_int)
+# More layers would be built one after the other until the memory is full.
+layer_count = at_most(1000, positive_int)
 
 
 def _number(text: str, kind: type, valid: Callable[[Any], bool], wanted: str) -> Any:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from aal.training.augmentation import Mixing
-from aal.training.command_line import Parser, note, positive_float, positive_int, probability
+from aal.training.command_line import Parser, note, positive_float, probability, tensor_size
 from aal.training.recipe import FLAGS, Flag, Recipe, add_recipe_flags
 from aal.training.schedule import SCHEDULERS
 
@@ -48,12 +48,12 @@ class ImageRecipe(Recipe):
 _FLAGS: dict[str, Flag] = FLAGS | {
     "batch_size": (
         ("--train-batch-size",),
-        {"type": positive_int},
+        {"type": tensor_size},
         "images per step, all devices together; if not given, {usual}, for digits 32",
     ),
     "img_size": (
         ("--image-size",),
-        {"type": positive_int},
+        {"type": tensor_size},
         "pixels per side to bring images to, in training by crops of 5 to 100 %%; else they keep "
         "their size",
     ),

@@ -55,6 +55,7 @@ def test_a_switch_takes_nothing_a_truth_value_or_no(parser: Parser, words: list,
     [
         (["--lr", "0"], "above 0"),
         (["--lr", "nan"], "above 0"),
+        (["--lr=--"], "does not take the value --"),
         (["--lr", "1e300"], "up to 1e30"),
         (["--ara-stride", "2", "0"], "at least 1"),
         (["--ara-stride", "9" * 400], "below 2"),
