@@ -26,7 +26,7 @@ bench-cpu: setup
 	$(BIN)/python benchmarks/conversion_memory.py
 	$(BIN)/python benchmarks/conversion_speed.py
 	$(BIN)/python benchmarks/pair_accuracy.py
-	$(BIN)/python benchmarks/speed.py --device cpu --minutes 5
+	$(BIN)/python benchmarks/speed.py --device cpu --minutes 12
 	$(BIN)/python benchmarks/translation_memory.py
 	$(BIN)/python benchmarks/translation_speed.py
 	$(BIN)/python benchmarks/translation_accuracy.py

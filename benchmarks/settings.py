@@ -213,6 +213,8 @@ SMALL_VIT = (
     ours("asa4, lean exact", rule="asa4", lean="exact"),
     ours("bp, lean exact", lean="exact"),
     ours("bp, lean exact + gcp", lean="exact", gcp=True),
+    ours("asa1, lean approx", rule="asa1", lean="approx"),
+    ASA1_APPROX_FOUR_BIT,
     CHECKPOINT,
     checkpointed("selective checkpoint: attention", keeping(*ATTENTION)),
     checkpointed(
