@@ -17,6 +17,7 @@ from aal.training.augmentation import transforms
 from aal.training.command_line import UserError
 from aal.training.descriptions import DATASETS
 from aal.training.devices import Worker
+from aal.training.interruption import leave_signals_to_parent
 from aal.training.sampling import EpochSampler, Seeded, StepSampler
 
 _VALIDATION_SHARE, _MAX_VALIDATION = 0.1, 10_000
@@ -113,6 +114,7 @@ def _loader(
         num_workers=workers,
         drop_last=drop_last,
         pin_memory=worker.device.type == "cuda",
+        worker_init_fn=leave_signals_to_parent,
     )
 
 
@@ -120,8 +122,13 @@ def evaluation_loader(part: Dataset, batch_size: int, workers: int, worker: Work
     """This process's share of a part, every item in exactly one process."""
     share = Subset(part, range(worker.rank, len(part), worker.world_size))
     own_size = max(1, batch_size // worker.world_size)
-    pin_memory = worker.device.type == "cuda"
-    return DataLoader(share, own_size, num_workers=workers, pin_memory=pin_memory)
+    return DataLoader(
+        share,
+        own_size,
+        num_workers=workers,
+        pin_memory=worker.device.type == "cuda",
+        worker_init_fn=leave_signals_to_parent,
+    )
 
 
 class _ImagesInMemory(Dataset):

@@ -1,6 +1,7 @@
 """Signals that ask a run to stop: it does so where its state can be saved."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -59,3 +60,21 @@ class Interruption:
         if self._obeys_at_once:
             self._obeys_at_once = False
             raise StopAtOnce
+
+
+def leave_signals_to_parent(_: int = 0) -> None:
+    """In a process that loads data: go on when a signal reaches all processes of a group.
+
+    Else the run would lack data before it comes to the end of its step. SIGTERM of the parent
+    still ends the process, as PyTorch has it. The argument is the number of the process.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -300,10 +300,10 @@ def test_a_second_run_in_a_folder_is_refused(
 def _start(tiny_imagenet: Path, tmp_path: Path, *words: object) -> subprocess.Popen:
     """ResNet/train.py in a process of its own, for many epochs."""
     command = [sys.executable, ROOT / "ResNet/train.py", "--dataset", "tiny-imagenet", "--workers"]
-    command += [0, "--data-path", tiny_imagenet, "--model", "resnet18", "--batch-size", 6, "--lr"]
+    command += [1, "--data-path", tiny_imagenet, "--model", "resnet18", "--batch-size", 6, "--lr"]
     command += [0.01, "--output", tmp_path / "runs", "--epochs", 1000, "--save-every", 1, *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([str(word) for word in command], **pipes)
+    return subprocess.Popen([str(word) for word in command], start_new_session=True, **pipes)
 
 
 def _wait_for_state(process: subprocess.Popen, tmp_path: Path, after: int = 0) -> int:
@@ -320,6 +320,7 @@ def _wait_for_state(process: subprocess.Popen, tmp_path: Path, after: int = 0) -
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [("cpu",), ("cpu", "cpu")], ids=["alone", "two processes"])
 def test_processes_obey_signals(tiny_imagenet: Path, tmp_path: Path, devices: tuple[str, ...]):
+    """As a terminal or torchrun sends them: to all processes, those that load data among them."""
     words, saved = ("--device", *devices), 0
     for resume, number, status in (
         ((), signal.SIGTERM, 143),
@@ -327,7 +328,7 @@ def test_processes_obey_signals(tiny_imagenet: Path, tmp_path: Path, devices: tu
     ):
         process = _start(tiny_imagenet, tmp_path, *words, *resume)
         _wait_for_state(process, tmp_path, saved)
-        process.send_signal(number)
+        os.killpg(process.pid, number)
         _, err = process.communicate(timeout=60)
         assert process.returncode == status, err
         assert err.count("\n") == 1 and "--resume continues there" in err
@@ -341,8 +342,7 @@ def test_a_killed_run_is_continued_at_once(
     train: Callable, tiny_imagenet: Path, tmp_path: Path, stop_at: Callable
 ):
     """Processes that load data outlive it for seconds, and hold no lock."""
-    words = ("--device", "cpu", "--workers", 2)
-    process = _start(tiny_imagenet, tmp_path, *words)
+    process = _start(tiny_imagenet, tmp_path, "--device", "cpu")
     _wait_for_state(process, tmp_path)
     process.kill()
     process.wait()
