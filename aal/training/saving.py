@@ -31,9 +31,9 @@ class Interval:
 
 def interval(text: str) -> Interval:
     """An interval from ``--save-every``: "500" are steps, "15m" are minutes."""
-    if re.fullmatch(r"\d{1,15}", text) and int(text):
+    if re.fullmatch("[0-9]{1,15}", text) and int(text):
         return Interval(steps=int(text))
-    if re.fullmatch(r"\d{1,9}(\.\d{1,9})?m", text) and float(text[:-1]):
+    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?m", text) and float(text[:-1]):
         return Interval(seconds=60 * float(text[:-1]))
     raise argparse.ArgumentTypeError(
         f"must be a number of steps such as 500, or of minutes such as 15m, got {text!r}"
