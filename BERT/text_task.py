@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class TextClassification:
-    """Texts and their classes, to be learned or scored (see ``aal.training.loop.Task``).
+    """Texts and their classes, to be learned or scored (see ``aal.training.task.Task``).
 
     Args:
         has_segments: the network is told the first text of a pair from the second.

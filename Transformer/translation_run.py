@@ -37,7 +37,7 @@ class _Pairs(NamedTuple):
 
 @dataclass(frozen=True)
 class Translation:
-    """Pairs of texts, to be learned or scored (see ``aal.training.loop.Task``).
+    """Pairs of texts, to be learned or scored (see ``aal.training.task.Task``).
 
     Args:
         label_smoothing: share of each label spread over the vocabulary.

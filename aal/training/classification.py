@@ -12,7 +12,7 @@ _Batch = tuple[Tensor, Tensor]  # images (N, C, H, W), and classes (N,) or share
 
 @dataclass(frozen=True)
 class Classification:
-    """Images and their labels, to be learned or scored (see ``aal.training.loop.Task``).
+    """Images and their labels, to be learned or scored (see ``aal.training.task.Task``).
 
     Args:
         label_smoothing: share of each label spread over all classes.
