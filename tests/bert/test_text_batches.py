@@ -80,3 +80,11 @@ def test_processes_score_each_text_once(count: int):
 def test_fewer_texts_than_processes_are_refused(count: int, size: int):
     with pytest.raises(UserError, match="too few for 3 processes"):
         Batches(part_of(count), size, pad=0, seed=0, world_size=3)
+
+
+def test_batches_that_are_done_are_left_out():
+    loader = Batches(part_of(20), 6, pad=0, seed=1)
+    loader.set_epoch(2)
+    whole, length = seen([loader]), len(loader)
+    loader.set_epoch(2, done=2)
+    assert seen([loader]) == whole[12:] and len(loader) == length == 4

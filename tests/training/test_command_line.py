@@ -7,6 +7,7 @@ import pytest
 from aal.training.command_line import (
     NOTED,
     Parser,
+    Stopped,
     UserError,
     at_most,
     note,
@@ -129,3 +130,23 @@ def test_flags_of_old_releases_are_answered_with_what_became_of_them(parser: Par
         with pytest.raises(UserError, match="^--precision is gone; use --amp$"):
             parser.parse_args(words)
     assert "--precision" not in parser.format_help()
+
+
+def test_a_stopped_run_says_so_once(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    def main(arguments):
+        raise Stopped(15, "terminated at step 3")
+
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert run(main, [], "train.py") == 143
+    assert capsys.readouterr().err == "train.py: terminated at step 3\n"
+
+
+def test_a_switch_may_take_a_word(parser: Parser):
+    parser.add_switch("--continue", help="", word="auto")
+    cases = {(): False, ("--continue",): True, ("--continue", "auto"): "auto"}
+    cases |= {("--continue=False",): False, ("--no-continue",): False}
+    for words, value in cases.items():
+        assert vars(parser.parse_args(words))["continue"] == value
+    with pytest.raises(UserError, match="True or False, got 'car'"):
+        parser.parse_args(["--continue", "car"])

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from data import Batches, Part, Sequences
 from transformer import END, PAD, SPECIAL, START
 
 from aal.training.command_line import UserError
+from data import Batches, Part, Sequences
 
 
 def sequences(lengths: np.ndarray) -> Sequences:
@@ -147,3 +147,12 @@ def test_single_pairs_that_cannot_be_shared_evenly_are_refused():
     pairs = Part(sequences(np.full(3, 10)), sequences(np.full(3, 9)))
     with pytest.raises(UserError, match="one training pair .* 2 processes evenly; raise --batch-s"):
         Batches(pairs, 20, seed=0, world_size=2)
+
+
+def test_batches_that_are_done_are_left_out():
+    batches = Batches(part(100, seed=0), 200, seed=3)
+    batches.set_epoch(2)
+    whole, length = [batch.indices.tolist() for batch in batches], len(batches)
+    batches.set_epoch(2, done=3)
+    assert [batch.indices.tolist() for batch in batches] == whole[3:]
+    assert len(batches) == length == len(whole)
