@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from data import Batches, Part, Sequences
 from transformer import END, PAD, SPECIAL, START
 
 from aal.training.command_line import UserError
-from data import Batches, Part, Sequences
 
 
 def sequences(lengths: np.ndarray) -> Sequences:
