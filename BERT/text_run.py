@@ -50,6 +50,7 @@ class TextRun(run.Run):
 
     metric = "accuracy"
     columns = ("train_accuracy", "val_accuracy", "val_f1", "train_loss", "val_loss")
+    frees_blocks = False  # layers read the norm of the block before in backward
 
     def __post_init__(self) -> None:
         args = self.args

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from aal.preserved import preserved
 
 MIB = 2**20
+_FSDP_NODE = "RegisterPostBackwardFunctionBackward"  # knows the network, but keeps nothing
 
 
 def saved_bytes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
@@ -265,6 +266,8 @@ class _Ledger(TorchDispatchMode):
                 continue
             seen.add(node)
             stack += [parent for parent, _ in node.next_functions if parent is not None]
+            if node.name() == _FSDP_NODE:
+                continue
             for tensor in _tensors(getattr(node, "__dict__", {})):
                 if (entry := self._entry(tensor, made=False)) is not None:
                     entry.on_context = True

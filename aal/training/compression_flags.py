@@ -83,6 +83,11 @@ class Compression:
         """The method; raises ``ValueError`` for values that it does not take."""
         return _class_of(self.method)(**self._options())
 
+    @property
+    def probes(self) -> bool:
+        """Does it try out from time to time what its bits do to the gradient?"""
+        return self.make().needs_closure
+
     def config(self) -> dict[str, Any]:
         """What is recorded of it, by flag."""
         return {

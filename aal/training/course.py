@@ -13,6 +13,7 @@ from aal.training.command_line import UserError
 from aal.training.devices import Worker
 from aal.training.interruption import Interruption, StopAtOnce
 from aal.training.loop import Trainer
+from aal.training.parallel import whole
 from aal.training.saving import Saver
 from aal.training.tensorboard import EventFile
 
@@ -113,7 +114,7 @@ class Course:
             self.saver.save_and_stop(self.trainer.step, number)
         before = self.trainer.random_state()
         try:
-            with self.saver.obeying():
+            with self.saver.obeying(), whole(self.run.model):
                 return self.run.validate(self.worker, title)
         except StopAtOnce:
             self.trainer.set_random_state(before)

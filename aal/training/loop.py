@@ -18,6 +18,7 @@ from aal.compression.session import Session
 from aal.indicator import IndicatorRecorder
 from aal.memory import MIB, saved_bytes
 from aal.preserved import preserved
+from aal.training import parallel
 from aal.training.command_line import UserError
 from aal.training.devices import Worker
 from aal.training.task import Task
@@ -77,7 +78,7 @@ class Trainer:
         and leaves buffers and random state as they were.
         """
         model, device = self._bare_model().train(), self.worker.device
-        with preserved(model), autocast(device, self.amp):
+        with preserved(model), parallel.whole(model), autocast(device, self.amp):
             batch = self.task.on_device(next(iter(loader)), device)
             part = self.task.split(batch, self.accumulation)[0]
             # Another compressor, as that of training learns from forward and backward passes.
@@ -150,8 +151,8 @@ class Trainer:
         processes = self.worker.gather_objects(own)
         # Of a compressor only the place in its noise: what it learned, it learns again.
         return {
-            "model": self._bare_model().state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": self._joined(self._bare_model().state_dict()),
+            "optimizer": self._joined(self.optimizer.state_dict()),
             "scaler": self.scaler.state_dict(),
             "rng": [process.pop("rng") for process in processes],
             "step": self.step,
@@ -169,7 +170,7 @@ class Trainer:
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a ``state()``; with another number of processes, each draws its own."""
         self._bare_model().load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(parallel.shared_state(state["optimizer"], self.optimizer))
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         if self.compression:
@@ -240,7 +241,7 @@ class Trainer:
         whole = torch.zeros((), device=self.worker.device)
         for number, part in enumerate(parts, 1):
             alone = self.worker.world_size == 1 or number == len(parts)
-            with nullcontext() if alone else self.model.no_sync():
+            with nullcontext() if alone else parallel.without_exchange(self.model):
                 recording = self.recorder.sampling(self.compression) if sampled else nullcontext()
                 with recording, autocast(self.worker.device, self.amp):
                     loss, sums = self._loss(self.model, part, self.compression)
@@ -278,6 +279,9 @@ class Trainer:
         if self.task.is_even or self.worker.world_size == 1:
             return own * self.worker.world_size
         return int(self.worker.sum(torch.tensor(own, device=self.worker.device)))
+
+    def _joined(self, state: dict[str, Any]) -> dict[str, Any]:
+        return parallel.joined_state(state, keeps=self.worker.is_main)
 
     def _bare_model(self) -> nn.Module:
         """The model without the wrapper for several processes."""

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from aal.indicator import IndicatorRecorder
 from aal.training import devices
@@ -18,6 +17,7 @@ from aal.training.course import Course
 from aal.training.devices import Worker
 from aal.training.files import read_checkpoint
 from aal.training.loop import Trainer
+from aal.training.parallel import add_parallel_flag, check_parallel, parallelised, whole
 from aal.training.recipe import Recipe
 from aal.training.run_folder import RunFolder, check_agrees
 from aal.training.saving import add_saving_flags
@@ -32,6 +32,7 @@ def add_arguments(parser: Parser) -> None:
     add, absent = parser.add_argument, argparse.SUPPRESS
     help = "GPU indices, one process each, or cpu; if not given, GPU 0 or else cpu"
     add("--device", nargs="+", metavar="DEVICE", default=absent, help=help)
+    add_parallel_flag(parser)
     help = "parent of the run's own folder"
     add("--output", "--output-dir", type=Path, default=Path("results"), help=help)
     help = "checkpoint to score on the test part; trains nothing"
@@ -81,6 +82,7 @@ class Run:
 
     metric: ClassVar[str]  # whose validation says which epoch is best
     columns: ClassVar[Sequence[str]]  # scores of an epoch that are recorded, "train_" and "val_"
+    frees_blocks: ClassVar[bool] = True  # see ``aal.training.parallel.parallelised``
 
     def __post_init__(self) -> None:
         args = self.args
@@ -89,6 +91,7 @@ class Run:
         self.devices = devices.parse_devices(vars(args).get("device"))
         self.processes = devices.num_processes(self.devices)
         self.compression = compression_of(args, self.devices[0])
+        self.parallel = check_parallel(args, self.processes, self.devices[0], self.compression)
         self.config = {**self.options, **self.compression.config(), **asdict(self.settings)}
         self.config["get_li"] = args.get_li
         args.resume = args.resume or args.checkpoint
@@ -188,12 +191,10 @@ class Run:
     def _trainer(self, worker: Worker) -> tuple[Trainer, Any]:
         settings, model = self.settings, self.model
         loader, steps_per_epoch = self.train_loader(worker)
-        optimizer = settings.optimizer_of(model.parameters())
         recorder = IndicatorRecorder(model) if self.args.get_li else None
         compress = self.compression.sessions_for(model, settings.seed)
-        if worker.world_size > 1:
-            index = [worker.device] if worker.device.type == "cuda" else None
-            model = DistributedDataParallel(model, device_ids=index)
+        model = parallelised(model, self.parallel, worker, self.frees_blocks)
+        optimizer = settings.optimizer_of(model.parameters())  # which FSDP2 has exchanged
         trainer = Trainer(
             self.task(),
             model,
@@ -212,7 +213,8 @@ class Run:
         trainer, loader = self._trainer(worker)
         trainer.measure_saved_mib(loader)
         train = trainer.train_epoch(loader, "dry run")
-        validation = self.validate(worker, "dry run")
+        with whole(self.model):
+            validation = self.validate(worker, "dry run")
         if worker.is_main:
             print(
                 f"dry run: {trainer.step} steps{self.trial_text()}, loss {train['loss']:.4f}, then "
@@ -233,7 +235,8 @@ class Run:
         return self._test(worker)
 
     def _test(self, worker: Worker) -> dict[str, Any]:
-        test = self.test(worker)
+        with whole(self.model):
+            test = self.test(worker)
         if worker.is_main:
             print(self.test_text(test))
         return test
