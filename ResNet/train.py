@@ -24,7 +24,7 @@ from aal.training.descriptions import Description
 from aal.training.image_recipe import ImageRecipe, add_image_recipe_flags
 from aal.training.image_run import ImageRun, add_arguments
 
-OPTIONS = ("model", "learning_rule", "ARA_stride", "lean", "gcp")
+OPTIONS = ("model", "learning_rule", "ARA_stride", "lean", "gcp", "sync_batchnorm")
 RECIPE = ImageRecipe(
     lr=0.05, scale_lr=True, epochs=100, batch_size=512, scheduler="cos", drop_epochs=30
 )
@@ -55,6 +55,8 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
         "--gcp and exact otherwise",
     )
     parser.add_switch("--gcp", help="compute 1x1 convolutions and the stem twice as well")
+    help = "batch norms use the batches of all processes together; on GPUs, with --lean off"
+    parser.add_switch("--sync-batchnorm", help=help)
     add_arguments(parser, test_batch_size=512)
     add_image_recipe_flags(
         parser, RECIPE_FLAGS, {"ResNets": RECIPE}, schedulers=tuple(WARMUP_SHARE)
@@ -84,6 +86,8 @@ def title(args: argparse.Namespace) -> str:
         words.append("gcp")
     elif (args.lean == "off") == (args.learning_rule != "bp"):
         words.append(f"lean-{args.lean}")
+    if args.sync_batchnorm:
+        words.append("sync-batchnorm")
     return "_".join(words)
 
 

@@ -190,6 +190,8 @@ class Run:
 
     def _trainer(self, worker: Worker) -> tuple[Trainer, Any]:
         settings, model = self.settings, self.model
+        if vars(self.args).get("sync_batchnorm") and worker.world_size > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # which is changed itself
         loader, steps_per_epoch = self.train_loader(worker)
         recorder = IndicatorRecorder(model) if self.args.get_li else None
         compress = self.compression.sessions_for(model, settings.seed)
