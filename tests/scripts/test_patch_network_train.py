@@ -292,7 +292,7 @@ def test_a_small_step_size_needs_no_other_flag(train_patches: Callable):
 
 @pytest.mark.parametrize(
     "words",
-    [("--batch-size", 10**12), ("--num-layers", 1, "--activation", "relu", "--img-size", 2**20)],
+    [("--batch-size", 2**31 - 1), ("--num-layers", 1, "--activation", "relu", "--img-size", 2**20)],
     ids=["batch", "image"],
 )
 def test_what_does_not_fit_into_memory_gets_one_line(train_patches: Callable, words: tuple):

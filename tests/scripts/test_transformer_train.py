@@ -511,7 +511,7 @@ BAD_COMMANDS = {
         "one device",
     ),
     "score and try": (("--model-path", "x.pth", "--dry-run"), "exclude each other"),
-    "batches beyond memory": (("--dry-run", "--batch-size", "1000000000000"), "memory"),
+    "batches beyond counting": (("--dry-run", "--batch-size", "1000000000000"), "must be at most"),
     "fewer ids than bytes": (("--tokenizer", "bpe", "--vocab-size", "259"), "bpe needs 260"),
     "no ids for words": (("--dry-run", "--vocab-size", "4"), "words needs 5"),
 }
