@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from math import nan
@@ -48,18 +49,21 @@ class IndicatorRecorder:
     """Collects Learning Indicators of a model's auxiliary layers, on the steps that it is asked to.
 
     Between samples it costs nothing, and it holds at most ``_VALUES_PER_CALL`` numbers per layer
-    and sampled call, whatever the batch.
+    and sampled call, whatever the batch. Of processes that have equal shares of a batch, one behind
+    the other, each holds its share of what one process would.
 
     Args:
         model: its layers with a rule (see ``aal.rules.layer``) are watched. Where no layer has
             one, ``h`` stands in for itself in every linear layer and convolution: a sampled step
             records an indicator of 1 for each.
+        rank, world_size: this process's place among the processes.
 
     Raises:
         ValueError: the model has no such layer either.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, rank: int = 0, world_size: int = 1):
+        self.rank, self.world_size = rank, world_size
         modules = dict(model.named_modules())
         self.layers = {name: m for name, m in modules.items() if hasattr(m, "auxiliary")}
         self._is_exact = not self.layers
@@ -97,7 +101,8 @@ class IndicatorRecorder:
                 stack.enter_context(compression.sampling(self._record_place))
             for name, layer in self.layers.items():
                 if self._is_exact:
-                    self._add(name, torch.ones(1), torch.ones(1))
+                    if self.rank == 0:
+                        self._append(name, torch.ones(2, 1))
                     continue
                 layer.observer = functools.partial(self._record, name, layer)
                 stack.callback(setattr, layer, "observer", None)
@@ -107,7 +112,7 @@ class IndicatorRecorder:
         """Return what was recorded since the last call, and forget it.
 
         Args:
-            gather: makes a list of one value from every process.
+            gather: makes a list of one value from every process, in their order.
 
         Returns:
             (2, layers, samples) float32: the indicator of the auxiliary activation, as the paper
@@ -117,9 +122,10 @@ class IndicatorRecorder:
         """
         own, self._values = self._values, {}
         found: dict[str, list[Tensor]] = {}
-        for values in gather(own):
-            for name, parts in values.items():
-                found.setdefault(name, []).extend(parts)
+        shares = gather(own)
+        for name in dict.fromkeys(itertools.chain(*shares)):
+            calls = itertools.zip_longest(*(share.get(name, ()) for share in shares))
+            found[name] = [part for call in calls for part in call if part is not None]
         self._add_names(found)
         nothing = torch.empty(2, 0)
         rows = [torch.cat([nothing, *found.get(name, ())], dim=1).T for name in self._names]
@@ -155,16 +161,19 @@ class IndicatorRecorder:
         self._add(name, indicator, indicator)
 
     def _add(self, name: str, raw: Tensor, scaled: Tensor) -> None:
-        pair = [_thinned(values.float().flatten()) for values in (raw, scaled)]
-        self._values.setdefault(name, []).append(torch.stack(pair).cpu())
+        self._append(name, self._thinned(torch.stack([raw.flatten(), scaled.flatten()]).float()))
 
+    def _append(self, name: str, pair: Tensor) -> None:
+        self._values.setdefault(name, []).append(pair.cpu())
 
-def _thinned(values: Tensor) -> Tensor:
-    """At most ``_VALUES_PER_CALL`` of the values, evenly spaced."""
-    if values.numel() <= _VALUES_PER_CALL:
-        return values
-    places = torch.linspace(0, values.numel() - 1, _VALUES_PER_CALL, device=values.device)
-    return values[places.long()]
+    def _thinned(self, values: Tensor) -> Tensor:
+        """Of (2, n) this process's share of the evenly spaced places in that of all processes."""
+        own = values.shape[1]
+        if own * self.world_size <= _VALUES_PER_CALL:
+            return values
+        places = torch.linspace(0, own * self.world_size - 1, _VALUES_PER_CALL).long()
+        places -= self.rank * own
+        return values[:, places[(places >= 0) & (places < own)].to(values.device)]
 
 
 def _statistics(raw: Tensor, scaled: Tensor) -> dict[str, float | None]:

@@ -79,7 +79,7 @@ def train_loader(part: Dataset, batch_size: int, workers: int, seed: int, worker
     """
     own_size = batch_size // worker.world_size
     sampler = EpochSampler(len(part), own_size, seed, worker)
-    return _loader(part, own_size, sampler, workers, worker, drop_last=len(sampler) >= own_size)
+    return _loader(part, own_size, sampler, workers, worker)
 
 
 def step_loader(
@@ -105,14 +105,12 @@ def _loader(
     sampler: EpochSampler | StepSampler,
     workers: int,
     worker: Worker,
-    drop_last: bool = False,
 ) -> DataLoader:
     return DataLoader(
         Seeded(part),
         own_size,
         sampler=sampler,
         num_workers=workers,
-        drop_last=drop_last,
         pin_memory=worker.device.type == "cuda",
         worker_init_fn=leave_signals_to_parent,
     )

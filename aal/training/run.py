@@ -193,7 +193,8 @@ class Run:
         if vars(self.args).get("sync_batchnorm") and worker.world_size > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # which is changed itself
         loader, steps_per_epoch = self.train_loader(worker)
-        recorder = IndicatorRecorder(model) if self.args.get_li else None
+        place = worker.rank, worker.world_size
+        recorder = IndicatorRecorder(model, *place) if self.args.get_li else None
         compress = self.compression.sessions_for(model, settings.seed)
         model = parallelised(model, self.parallel, worker, self.frees_blocks)
         optimizer = settings.optimizer_of(model.parameters())  # which FSDP2 has exchanged

@@ -38,9 +38,10 @@ class Seeded(Dataset):
 
 
 class EpochSampler(Sampler[Draw]):
-    """This process's share of a shuffled pass, of equally many images in all processes.
+    """This process's share of every batch of a shuffled pass; an incomplete last one is left out.
 
-    Where their number does not divide, images from the pass's beginning come again at its end.
+    All processes together draw the same batches, whatever their number. Of fewer images than a batch
+    has, each process draws equally many: where they do not divide, the first come again.
 
     Args:
         count: images of the data set.
@@ -59,12 +60,20 @@ class EpochSampler(Sampler[Draw]):
 
     def __len__(self) -> int:
         """Of the whole epoch."""
-        return -(-self.count // self.worker.world_size)
+        steps = self.count // (self.batch_size * self.worker.world_size)
+        return max(1, steps) * self._own_size
+
+    @property
+    def _own_size(self) -> int:
+        """Images per step of this process."""
+        return min(self.batch_size, -(-self.count // self.worker.world_size))
 
     def __iter__(self) -> Iterator[Draw]:
+        size, worker = self._own_size, self.worker
         order, seeds = _pass(self.count, self.seed + self.epoch)
-        for number in range(self.done * self.batch_size, len(self)):
-            place = number * self.worker.world_size + self.worker.rank
+        for number in range(self.done * size, len(self)):
+            step, within = divmod(number, size)
+            place = (step * worker.world_size + worker.rank) * size + within
             index = order[place % self.count]
             yield index, seeds[index]
 

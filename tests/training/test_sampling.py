@@ -93,14 +93,31 @@ def test_steps_that_are_done_are_left_out(kind: str, world_size: int):
     assert len(sampler) == length
 
 
-def test_an_epoch_is_that_of_pytorchs_sampler():
-    for rank in range(3):
-        theirs = DistributedSampler(range(10), 3, rank, seed=5)
-        ours = EpochSampler(10, 2, 5, Worker(CPU, rank, 3))
-        for epoch in range(2):
-            theirs.set_epoch(epoch)
-            ours.set_epoch(epoch)
-            assert _indices(ours) == list(theirs)
+def test_an_epoch_is_that_of_pytorchs_sampler_in_whole_batches():
+    theirs = DistributedSampler(range(10), 1, 0, seed=5)
+    ours = EpochSampler(10, 4, 5, Worker(CPU))
+    for epoch in range(2):
+        theirs.set_epoch(epoch)
+        ours.set_epoch(epoch)
+        assert _indices(ours) == list(theirs)[:8]
+
+
+@pytest.mark.parametrize("count", [12, 13, 15, 31])
+@pytest.mark.parametrize("world_size", [2, 3, 6])
+def test_an_epoch_has_the_same_batches_in_any_number_of_processes(count: int, world_size: int):
+    whole, own_size = _indices(EpochSampler(count, 12, 0, Worker(CPU))), 12 // world_size
+    shares = [
+        _indices(EpochSampler(count, own_size, 0, Worker(CPU, rank, world_size)))
+        for rank in range(world_size)
+    ]
+    starts = range(0, len(shares[0]), own_size)
+    assert [i for start in starts for own in shares for i in own[start : start + own_size]] == whole
+
+
+def test_images_that_are_fewer_than_a_batch_are_shared():
+    shares = [_indices(EpochSampler(5, 4, 0, Worker(CPU, rank, 2))) for rank in range(2)]
+    whole = _indices(EpochSampler(5, 8, 0, Worker(CPU)))
+    assert sorted(whole) == list(range(5)) and shares[0] + shares[1] == [*whole, whole[0]]
 
 
 class Noisy(Dataset):
@@ -131,9 +148,9 @@ def test_what_is_random_in_an_image_depends_on_its_seed_alone(workers: int):
 
 
 def test_items_are_the_same_whoever_loads_them():
-    draws = list(EpochSampler(10, 4, 0, Worker(CPU)))
+    draws = list(EpochSampler(10, 10, 0, Worker(CPU)))
     assert len({seed for _, seed in draws}) == 10
     items = Seeded(Noisy())
     assert [items[draw] for draw in draws] == [items[draw] for draw in draws]
-    halves = [dict(EpochSampler(10, 2, 0, Worker(CPU, rank, 2))) for rank in range(2)]
+    halves = [dict(EpochSampler(10, 5, 0, Worker(CPU, rank, 2))) for rank in range(2)]
     assert halves[0] | halves[1] == dict(draws)
