@@ -1,0 +1,70 @@
+"""Runs in several processes, of which torchrun starts some, and that go on in other numbers."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scripts.conftest import ROOT, SMALL, assert_refused
+
+from aal.training.parallel import KINDS
+
+WORDS = ("--learning-rule", "asa4", "--lean", "exact", "--compress", "exact", "--get-li")
+WORDS += ("--cutmix", "False", "--max-grad-norm", 0.5, "--epochs", 3, "--name", "run")
+SCRIPT = "ViT/train.py"
+
+
+def torchrun(tiny_imagenet: Path, tmp_path: Path, *arguments: object) -> str:
+    """What two processes on a few images of 8 pixels say."""
+    words = ["--dataset", "tiny-imagenet", "--data-path", tiny_imagenet, "--img-size", 8]
+    words += ["--batch-size", 6, "--workers", 0, "--output", tmp_path / "runs", "--device", "cpu"]
+    words += [*SMALL[SCRIPT].split(), *WORDS, *arguments]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, str(ROOT / SCRIPT), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_processes_of_torchrun_take_over_from_one(
+    train_vit: Callable, stop_after: Callable, tiny_imagenet: Path, tmp_path: Path, kind: str
+):
+    """They end where one process comes to, which scores their best weights."""
+    folder, alone = tmp_path / "runs" / "run", tmp_path / "alone"
+    assert train_vit(*WORDS)[0] == 0
+    shutil.move(folder, alone)
+    with stop_after(1):
+        assert train_vit(*WORDS)[0] == 130
+    out = torchrun(tiny_imagenet, tmp_path, "--resume", "--parallel", kind)
+    assert "epoch 1/3" not in out and out.count("epoch 3/3") == out.count("test accuracy") == 1
+
+    rows, expected = (
+        [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+        for place in (folder, alone)
+    )
+    for row, other in zip(rows, expected, strict=True):
+        for name in ("step", "train_loss", "train_accuracy", "val_loss", "val_accuracy"):
+            assert row[name] == pytest.approx(other[name], abs=1e-6), name
+    ours, theirs = (np.load(place / "run_li.npy") for place in (folder, alone))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+    status, scored, err = train_vit(*WORDS, "--model-path", folder / "best.pth")
+    assert status == 0, err
+    assert scored.strip() in out
+
+
+def test_kinds_without_their_needs_are_refused(train: Callable, train_vit: Callable):
+    processes = ("--device", "cpu", "cpu")
+    assert_refused(train(*processes, "--sync-batchnorm"), "--sync-batchnorm needs GPUs")
+    words = ("--parallel", "fsdp", "--compress", "gact")
+    assert_refused(train_vit(*processes, *words), "--parallel ddp")
+    assert train_vit("--parallel", "fsdp", "--dry-run")[::2] == (
+        0,
+        "train.py: note: --parallel does nothing in one process\n",
+    )
