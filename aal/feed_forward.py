@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from aal.lean import CodedActivation, PackedReLU, activation_coded, replay
 from aal.method import Method
 from aal.rules.asa import LinearASA
-from aal.rules.signed import in_turn
+from aal.rules.signed import addition_of, in_turn
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
@@ -96,4 +96,4 @@ class FeedForward(nn.Module):
         options = {"derivative": self.method.derivative, "dropout": dropout}
         if not isinstance(self.fc2, LinearASA):
             return self.fc2(activation_coded(x, self.act, **options)[0])
-        return self.fc2(*activation_coded(x, self.act, addition=self.fc2.addition(), **options))
+        return self.fc2(*activation_coded(x, self.act, addition=addition_of(self.fc2), **options))

@@ -27,7 +27,12 @@ from aal.ops.batch_norm import (
     batch_norm_relu_replay,
     batch_norm_replay,
 )
-from aal.ops.derivative_code import coded_activation, multiply_by_derivative, table_of
+from aal.ops.derivative_code import (
+    coded_activation,
+    encode_derivative,
+    multiply_by_derivative,
+    table_of,
+)
 from aal.ops.layer_norm import (
     layer_norm,
     layer_norm_add_sign,
@@ -98,12 +103,12 @@ def passes(device: torch.device, scale: int = 1) -> dict[str, Pass]:
         ),
         "GELU and its code": Pass(
             lambda: coded_activation(wide, gelu, table),
-            lambda: F.gelu(wide),
+            lambda: (F.gelu(wide), encode_derivative(wide, table)),
             2 * wide.nbytes + 2 * bits,
         ),
         "GELU, its code, add signs": Pass(
             lambda: coded_activation(wide, gelu, table, ADDITION),
-            lambda: added(F.gelu(wide)),
+            lambda: (added(F.gelu(wide))[0], encode_derivative(wide, table)),
             2 * wide.nbytes + 2 * bits,
         ),
         "GELU, add and pack signs": Pass(

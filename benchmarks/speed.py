@@ -1,6 +1,6 @@
 """Step time and memory of this project's settings and of what a user would pick instead.
 
-    python benchmarks/speed.py --device cuda --minutes 5.5
+    python benchmarks/speed.py --device cuda --minutes 5
 
 On a GPU ViT-L/16 and ResNet-50 in bfloat16, on CPU a small ViT and ResNet-50 in float32; see
 ``settings.py``. All settings of a network take turns in one process, and each is compared with the
@@ -171,7 +171,7 @@ def table(rows: Sequence[Mapping[str, Any]], where: Mapping[str, Any]) -> str:
 def main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="speed.py", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it runs")
-    parser.add_argument("--minutes", type=positive_float, default=5.5, help="time that it may take")
+    parser.add_argument("--minutes", type=positive_float, default=5.0, help="time that it may take")
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda needs a GPU, and PyTorch finds none")

@@ -1,9 +1,9 @@
 """Neighbours in a replayed chain that take fewer passes over memory together.
 
-A batch norm and a ReLU are one kernel in half precision on CUDA, in forward and in a replay (see
-``aal.ops.batch_norm``). So are, in backward, the gradients of a layer norm, GELU or SiLU and its
-result once more, which the linear layer behind it needs for its weight: its result is not replayed
-before, but computed where its input is read for the gradients anyway.
+In half precision on CUDA a batch norm and a ReLU can be one kernel (see ``aal.ops.batch_norm``). So
+are, in backward, the gradients of a layer norm, GELU or SiLU and its result once more, which the
+linear layer behind it needs for its weight: its result is not replayed before, but computed where
+its input is read for the gradients anyway.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from aal.lean.operations import (
     LayerNormOperation,
     LinearOperation,
 )
-from aal.ops.autocast import autocast_dtype
+from aal.ops.autocast import autocast_again, autocast_dtype
 from aal.ops.linear import as_rows
 from aal.ops.operation import Operation, Tensors
 
@@ -39,12 +39,15 @@ def merge_pairs(links: Sequence[Link], x: Tensor) -> list[Link]:
             links[i + 1] = relu._replace(is_merged=True), ()
     if len(links) > 1 and _ends_in_pair(links) and _has_kernels(x):
         (maker, own), (linear, others) = links[-2:]
-        links[-2:] = [(MakerAndLinear(maker, linear, len(own)), (*own, *others))]
+        pair = MakerAndLinear(maker, linear, len(own), autocast_dtype(x.device))
+        links[-2:] = [(pair, (*own, *others))]
     return links
 
 
 class MakerAndLinear(NamedTuple):
     """A layer norm or an activation function, the maker, and the linear layer that ends a chain.
+
+    It is never replayed, then.
 
     Parameters: those of the maker, ``num_own`` of them, and weight and bias of the linear layer.
     """
@@ -52,17 +55,21 @@ class MakerAndLinear(NamedTuple):
     maker: LayerNormOperation | ActivationOperation
     linear: LinearOperation
     num_own: int
+    autocast: torch.dtype | None = None  # of the forward pass
 
     def forward(self, x: Tensor, parameters: Tensors) -> tuple[Tensor, Tensors, Tensors]:
         y, _, _ = self.maker.forward(x, parameters[: self.num_own])
         return self.linear.forward(y, parameters[self.num_own :])
 
-    def replay(self, x: Tensor, parameters: Tensors, kept: Tensors) -> tuple[Tensor, Tensors]:
-        return self.forward(x, parameters)[0], kept
-
     def backward(self, grad, x, parameters, kept, needs) -> tuple[Tensor | None, Tensors]:
         own, (weight, bias) = parameters[: self.num_own], parameters[self.num_own :]
         needs_own, needs_others = needs[: 1 + self.num_own], needs[1 + self.num_own :]
+        if not any(needs_own):
+            own_grads = (None,) * self.num_own
+            with autocast_again(x.device, self.autocast):
+                y = self.maker.replay(x, own, kept)[0].to(grad.dtype)
+            _, others = self.linear.backward(grad, y, (weight, bias), kept, (False, *needs_others))
+            return None, (*own_grads, *others)
         rows = as_rows(grad)
         grad_y = (rows @ weight.to(rows.dtype)).view(*grad.shape[:-1], weight.shape[1])
         grad_x, y, grads = self.maker.backward_again(grad_y, x, own)

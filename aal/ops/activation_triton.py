@@ -30,7 +30,8 @@ def _exp(x):
     whole = tl.floor(x * 1.4426950408889634 + 0.5)
     rest = x - whole * 0.693359375  # log(2) in two parts, the first of few bits: exact
     rest += whole * 2.12194440e-4
-    return tl.exp2(whole) * tl.exp2(rest * 1.4426950408889634)
+    # A power less, for 2 ** 128 is no number, but e ** 88.5 is.
+    return 2 * (tl.exp2(whole - 1) * tl.exp2(rest * 1.4426950408889634))
 
 
 @triton.jit
@@ -77,7 +78,7 @@ def _backward_again_kernel(grad, x, grad_x, y, numel, NAME: tl.constexpr, ELEMEN
 
 
 def backward_again_triton(grad_output: Tensor, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """``backward_again_reference`` as one kernel: reads each input once. Not for ReLU."""
+    """``Activation.backward_again`` as one kernel: reads each input once. Not for ReLU."""
     grad_output, x = grad_output.contiguous(), x.contiguous()
     grad_x, y = torch.empty_like(x), torch.empty_like(x)
     if x.numel():

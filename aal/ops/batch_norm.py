@@ -132,7 +132,7 @@ def normalise_relu_reference(
 
 @torch.library.custom_op("aal::normalise_relu", mutates_args=())
 def _normalise_relu(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    return normalise_relu_reference(x, weight, bias, mean, rstd)
+    return normalise_relu_reference(_dense(x), weight, bias, mean, rstd)
 
 
 @_normalise_relu.register_kernel("cuda")
@@ -188,13 +188,12 @@ def _normalised_relu(
 
 
 def _has_kernel(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype in _KERNEL_DTYPES
+    """Not under a compiler, which fuses on its own."""
+    return x.is_cuda and x.dtype in _KERNEL_DTYPES and not torch.compiler.is_compiling()
 
 
 def _is_of_cudnn(x: Tensor, parameters: Parameters, training: bool, eps: float) -> bool:
-    """Would PyTorch call cuDNN? A compiler decides for itself, so there the answer is yes."""
-    if torch.compiler.is_compiling():
-        return True
+    """Would PyTorch call cuDNN?"""
     backend = torch._C._select_batch_norm_backend(_dense(x), *parameters, training, eps)
     return backend == torch._C._BatchNormBackend.Cudnn
 

@@ -24,15 +24,17 @@ def _normalise_relu_kernel(
     rows,
     columns,
     channels,
+    column_tiles,
     IS_CHANNELS_LAST: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """A tile of (N * H * W, C) in channels-last, else of (N * C, H * W)."""
-    first = tl.program_id(0).to(tl.int64) * ROWS
+    tile = tl.program_id(0).to(tl.int64)  # of both dimensions: only the first may be long
+    first = tile // column_tiles * ROWS
     own = tl.arange(0, ROWS)[:, None]
     row = first + own
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    column = (tile % column_tiles).to(tl.int32) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     element = row * columns + column
     inside = (row < rows) & (column < columns)
     if IS_CHANNELS_LAST:
@@ -63,14 +65,16 @@ def normalise_relu_triton(
     width = min(triton.next_power_of_2(columns), _COLUMNS_AT_MOST)
     height = _ELEMENTS_PER_PROGRAM // width
     parameters = [tensor.contiguous() for tensor in (weight, bias, mean, rstd)]
+    column_tiles = triton.cdiv(columns, width)
     with on_device_of(x):
-        _normalise_relu_kernel[(triton.cdiv(rows, height), triton.cdiv(columns, width))](
+        _normalise_relu_kernel[(triton.cdiv(rows, height) * column_tiles,)](
             x,
             *parameters,
             y,
             rows,
             columns,
             channels,
+            column_tiles,
             IS_CHANNELS_LAST=is_last,
             ROWS=height,
             COLUMNS=width,

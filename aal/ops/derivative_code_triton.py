@@ -129,7 +129,7 @@ def multiply_by_derivative_triton(
     grad, planes = grad.contiguous(), [plane.contiguous() for plane in planes]
     out = torch.empty_like(grad)
     if levels:  # rounded as a tensor of them would be
-        levels = torch.tensor(levels, dtype=grad.dtype).tolist()
+        levels = torch.tensor(levels, dtype=grad.dtype, device="cpu").tolist()
     if grad.numel():
         with on_device_of(grad):
             _product_kernel[_grid(planes[0].numel())](

@@ -1,8 +1,8 @@
 """Layer normalisation as plain tensor functions, with the kernels that ``F.layer_norm`` calls.
 
 On CUDA a layer norm whose result is read by a layer under ASA alone is one Triton kernel with what
-that layer does to it, and in half precision all gradients of a layer norm, with its result once
-more, are another (``layer_norm_triton``).
+that layer does to it, and all gradients of a layer norm, with its result once more, are another
+(``layer_norm_triton``). Who needs every bit of PyTorch's gradients asks for neither.
 """
 
 import torch
@@ -171,7 +171,7 @@ def _layer_norm_backward_again(
 @_layer_norm_backward_again.register_kernel("cuda")
 def _(grad_output, x, weight, bias, eps: float, wants_result: bool):
     arguments = (grad_output.contiguous(), x.contiguous(), weight, bias, eps, wants_result)
-    if x.shape[-1] > _WIDEST_OF_GRADIENTS or x.dtype not in _KERNEL_DTYPES:
+    if not 0 < x.shape[-1] <= _WIDEST_OF_GRADIENTS or x.dtype not in _KERNEL_DTYPES:
         return layer_norm_backward_again_reference(*arguments)
     from aal.ops.layer_norm_triton import layer_norm_backward_again_triton
 

@@ -168,5 +168,6 @@ def layer_norm_backward_again_triton(
                 COLUMNS=width,
                 num_warps=max(height * width // _ELEMENTS_PER_WARP, 1),
             )
-    grad_weight, grad_bias = sums.sum(1)
+    # Summed one by one: results of an operator may not share their memory.
+    grad_weight, grad_bias = (own.sum(0) for own in sums)
     return grad_x, y, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)

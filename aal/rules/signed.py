@@ -89,14 +89,14 @@ def in_turn(x: Tensor, *layers: nn.Module) -> Tensor:
     rest = [layer for layer in layers if not _does_nothing(layer)]
     while rest:
         layer = rest.pop(0)
-        addition = _addition(rest[0]) if rest and maker_adds(x) else None
+        addition = addition_of(rest[0]) if rest and maker_adds(x) else None
         maker = _maker(layer, x) if addition else None
         x = rest.pop(0)(*maker(x, addition)) if maker else layer(x)
     return x
 
 
-def _addition(layer: nn.Module) -> Addition | None:
-    """What a layer adds that takes a code; None where it is none, or is not to be bypassed."""
+def addition_of(layer: nn.Module) -> Addition | None:
+    """What the maker of a layer's input may add for it; None if it is to see the input itself."""
     return layer.addition() if type(layer) is LinearASA and not _has_hooks(layer) else None
 
 
@@ -123,4 +123,5 @@ def _does_nothing(layer: nn.Module) -> bool:
 def _has_hooks(layer: nn.Module) -> bool:
     """Does anybody watch a layer, or replace its ``forward``?"""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" in vars(layer) or any(getattr(layer, name) for name in hooks)
+    own = "forward" in vars(layer) or any(getattr(layer, name) for name in hooks)
+    return own or torch.nn.modules.module._has_any_global_hook()

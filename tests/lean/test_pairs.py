@@ -34,7 +34,10 @@ def links_of(x: Tensor, *layers: nn.Module) -> list[type]:
     return [type(operation) for operation, _ in merge_pairs(links, x)]
 
 
-@pytest.mark.parametrize("frozen", [(), ("x",), ("weight", "bias"), ("own",)], ids=str)
+FROZEN = [(), ("x",), ("weight", "bias"), ("own",), ("x", "own")]
+
+
+@pytest.mark.parametrize("frozen", FROZEN, ids=str)
 @pytest.mark.parametrize("name", MAKERS)
 def test_gradients_are_those_of_the_layers(name, frozen):
     maker, x = MAKERS[name], torch.randn(3, 5, 7, dtype=torch.double)

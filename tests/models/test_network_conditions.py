@@ -92,8 +92,33 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_gpu
+@LOW_PRECISION
+@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+def test_autocast_on_a_gpu_is_near_full_precision(make, dtype):
+    with torch.device("cuda"):
+        model, x = make().eval(), torch.randn(4, 3, 16, 16)  # no dropout
+
+    def forward(x: Tensor) -> Tensor:
+        with torch.autocast("cuda", dtype):
+            return model(x)
+
+    y, expected, _ = train(model, x)
+    gradients = {name: None if g is None else g.clone() for name, g in expected.items()}
+    model.zero_grad()
+    low, found, _ = train(model, x, forward)
+    torch.testing.assert_close(low.float(), y, rtol=0.05, atol=0.05)
+    for name, gradient in found.items():
+        error = (gradient - gradients[name]).norm()
+        assert error <= 0.1 * gradients[name].norm() + 1e-3, name
+
+
+@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
 def test_a_step_is_captured_as_a_cuda_graph(make):
     """Nothing in a step waits for the device, and replays of the graph learn as steps do."""

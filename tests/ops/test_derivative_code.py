@@ -334,6 +334,13 @@ def test_activation_kernel_of_silu_is_right_far_below_zero(device):
     torch.testing.assert_close(y.double(), F.silu(x.double()), rtol=1e-6, atol=0)
 
 
+def test_activation_kernel_of_silu_ends_where_float32_does(device):
+    """e ** 88.5 is a number, though 2 ** 128 is none."""
+    x = torch.tensor([-85.0, -87.0, -88.5, -88.7], device=device)
+    y, _ = run_activation_kernel(x, "silu", None)
+    torch.testing.assert_close(y.double(), F.silu(x.double()), rtol=1e-4, atol=0)
+
+
 @every_table_and_none
 @every_kernel_dtype
 @every_kernel_size

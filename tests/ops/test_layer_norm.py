@@ -201,7 +201,7 @@ def backward_again_kernel(*arguments):
 
 
 @pytest.mark.parametrize("wants_result", [True, False], ids=["result", "gradients"])
-@pytest.mark.parametrize("shape", [(7,), (3, 5, 33), (2, 0, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(7,), (3, 5, 33), (2, 0, 8), (5, 0)], ids=str)
 def test_gradients_without_statistics_are_those_of_torch(shape, wants_result, device):
     given = tensors(shape, shape[-1:], True, dtype=torch.double, device=device)
     y, (grad_x, *grads) = stock(shape[-1:], *given)

@@ -137,6 +137,8 @@ def test_a_layer_that_is_watched_or_reads_its_input_is_not_bypassed(everywhere):
     for layer in (norm, linear):
         with layer.register_forward_hook(lambda *_: None):
             assert not is_paired(x, norm, linear)
+    with nn.modules.module.register_module_forward_hook(lambda *_: None):
+        assert not is_paired(x, norm, linear)
     recorder = IndicatorRecorder(nn.Sequential(linear))
     with recorder.sampling(None):
         assert not is_paired(x, norm, linear)
@@ -145,6 +147,14 @@ def test_a_layer_that_is_watched_or_reads_its_input_is_not_bypassed(everywhere):
     assert not is_paired(x, norm, nn.Linear(7, 5))
     linear.weight.requires_grad_(False)
     assert not is_paired(x, norm, linear)
+
+
+def test_hooks_see_the_input_of_the_layer_in_every_mode(everywhere):
+    part, seen = FeedForward(8, 16, "gelu", Method("asa1", "approx")), []
+    part.fc2.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    x = torch.randn(3, 8)
+    part(x.requires_grad_())
+    torch.testing.assert_close(seen[0], part.act(part.fc1(x)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
