@@ -311,13 +311,15 @@ def check_fits(part: Part, batch_size: int, world_size: int) -> None:
 class Batches:
     """The batches of one process, each pair of the part once in all processes together.
 
-    The number of pairs times the longest source, or target with one special token, is at most
-    ``batch_size``, divided by the number of processes.
+    The size of a batch is the number of pairs times the longest source, or target with one special
+    token. With a seed, pairs are in an order that depends on it and on ``set_epoch`` alone. Batches
+    of at most ``batch_size`` and of like lengths are cut from it, the same for any number of
+    processes, each of which has its share of every batch. One that holds fewer pairs than there are
+    processes, the rest of the pairs, joins the one before. The number of batches differs a little
+    between epochs.
 
-    With a seed, pairs and batches are in an order that depends on it and on ``set_epoch`` alone.
-    Every process has the same number of batches, which differs a little between epochs, and those
-    of one step have like lengths. Without a seed the order is by length, processes may have
-    different numbers of batches, and a pair that does not fit is a batch of its own.
+    Without a seed the order is by length, a process has batches of at most ``batch_size`` divided
+    by the number of processes, or of one pair, and not all have equally many.
 
     Args:
         part: the pairs.
@@ -326,7 +328,7 @@ class Batches:
         rank, world_size: this process's place among the processes.
 
     Raises:
-        UserError: with a seed, a pair does not fit, or there are too few to share evenly.
+        UserError: with a seed, a pair does not fit into a share, or a process would have none.
     """
 
     def __init__(
@@ -338,7 +340,7 @@ class Batches:
         world_size: int = 1,
     ):
         self.part, self.seed, self.rank, self.world_size = part, seed, rank, world_size
-        self.budget = batch_size // world_size
+        self.batch_size = batch_size
         self._sizes = part.sizes
         if seed is not None:
             check_fits(part, batch_size, world_size)
@@ -353,17 +355,21 @@ class Batches:
         self.done = done
         if self.seed is None:
             order = np.lexsort((self.part.target.lengths, self.part.source.lengths))
-            self._batches = self._cut(order)[self.rank :: self.world_size]
+            own = self._cut(order, self.batch_size // self.world_size)
+            self._batches = own[self.rank :: self.world_size]
             return
         generator = np.random.default_rng([self.seed, epoch])
         order = generator.permutation(len(self.part))
-        batches: list[np.ndarray] = []
+        steps: list[np.ndarray] = []
         for start in range(0, len(order), _POOL):
             pool = order[start : start + _POOL]
             by_length = np.lexsort((self.part.source.lengths[pool], self._sizes[pool]))
-            batches += self._cut(pool[by_length])
-        steps = self._steps(batches)
-        self._batches = [steps[i][self.rank] for i in generator.permutation(len(steps))]
+            for step in self._cut(pool[by_length], self.batch_size):
+                if len(step) < self.world_size and steps:
+                    step = np.concatenate([steps.pop(), step])
+                steps.append(step)
+        shares = [np.array_split(step, self.world_size)[self.rank] for step in steps]
+        self._batches = [shares[i] for i in generator.permutation(len(shares))]
 
     def __len__(self) -> int:
         """Of the whole epoch."""
@@ -376,30 +382,15 @@ class Batches:
             framed = _padded(target, before=[START], behind=[END])
             yield Batch(_padded(source), framed, torch.from_numpy(indices))
 
-    def _cut(self, order: np.ndarray) -> list[np.ndarray]:
-        """Cut pairs in this order into batches that fit the budget."""
+    def _cut(self, order: np.ndarray, budget: int) -> list[np.ndarray]:
+        """Cut pairs in this order into batches of at most so many tokens, or of one pair."""
         starts, longest = [0], 0
         for place, size in enumerate(self._sizes[order].tolist()):
             longest = max(longest, size)
-            if place > starts[-1] and (place + 1 - starts[-1]) * longest > self.budget:
+            if place > starts[-1] and (place + 1 - starts[-1]) * longest > budget:
                 starts.append(place)
                 longest = size
         return np.split(order, starts[1:])
-
-    def _steps(self, batches: list[np.ndarray]) -> list[list[np.ndarray]]:
-        """Group neighbours, a batch for every process; large ones are halved where some lack."""
-        while len(batches) % self.world_size:
-            place = max(range(len(batches)), key=lambda i: len(batches[i]))
-            if len(batches[place]) == 1:
-                raise UserError(
-                    f"batches of one training pair cannot be shared by {self.world_size} "
-                    "processes evenly; raise --batch-size"
-                )
-            batches[place : place + 1] = np.array_split(batches[place], 2)
-        return [
-            batches[start : start + self.world_size]
-            for start in range(0, len(batches), self.world_size)
-        ]
 
 
 def _padded(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scripts.conftest import ROOT, SMALL, assert_refused
+from scripts.conftest import ROOT, SMALL, assert_refused, run_folder
 
 from aal.training.parallel import KINDS
 
@@ -68,3 +68,21 @@ def test_kinds_without_their_needs_are_refused(train: Callable, train_vit: Calla
         0,
         "train.py: note: --parallel does nothing in one process\n",
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_translate_as_one(train_transformer: Callable, tmp_path: Path, kind: str):
+    """Each has other numbers of tokens, and of texts to translate."""
+    words = ("--learning-rule", "asa1", "--gcp", "--dropout", 0, "--epochs", 2, "--lr", 0.003)
+    curves = []
+    for processes in (("cpu",), ("cpu", "cpu", "--parallel", kind)):
+        status, _, err = train_transformer(*words, "--device", *processes)
+        assert status == 0, err
+        lines = (run_folder(tmp_path) / "metrics.jsonl").read_text().splitlines()
+        curves.append([json.loads(line) for line in lines])
+        curves[-1].append(json.loads((run_folder(tmp_path) / "test.json").read_text()))
+        shutil.rmtree(run_folder(tmp_path))
+    for alone, together in zip(*curves, strict=True):
+        for name in {"step", "train_loss", "val_loss", "val_bleu", "loss", "bleu"} & set(alone):
+            assert together[name] == pytest.approx(alone[name], abs=1e-6), name

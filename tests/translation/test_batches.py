@@ -48,10 +48,19 @@ def test_training_batches_hold_every_pair_once(count: int, batch_size: int, worl
         for one in processes:
             batches = list(one)
             assert len(batches) == len(one) > 0
-            for batch in batches:
-                assert 0 < size(batch) <= batch_size // world_size
-                found += batch.indices.tolist()
-        assert sorted(found) == list(range(count))
+            found += [batch.indices.tolist() for batch in batches]
+        assert all(found) and sorted(sum(found, [])) == list(range(count))
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_any_number_of_processes_shares_the_same_batches(world_size: int):
+    pairs, alone = part(1001), Batches(part(1001), 1000, 0)
+    processes = [Batches(pairs, 1000, 0, rank, world_size) for rank in range(world_size)]
+    for step, *shares in zip(alone, *processes, strict=True):
+        assert 0 < size(step) <= 1000
+        assert step.indices.tolist() == sum((share.indices.tolist() for share in shares), [])
+        counts = [len(share.indices) for share in shares]
+        assert max(counts) - min(counts) <= 1
 
 
 @pytest.mark.parametrize("count, batch_size, world_size", [(1, 9, 3), (5, 40, 4), *CASES])
@@ -143,10 +152,11 @@ def test_fewer_training_pairs_than_processes_are_refused():
         Batches(part(2), 1000, seed=0, world_size=3)
 
 
-def test_single_pairs_that_cannot_be_shared_evenly_are_refused():
+def test_a_rest_that_processes_cannot_share_joins_the_batch_before():
     pairs = Part(sequences(np.full(3, 10)), sequences(np.full(3, 9)))
-    with pytest.raises(UserError, match="one training pair .* 2 processes evenly; raise --batch-s"):
-        Batches(pairs, 20, seed=0, world_size=2)
+    assert [len(batch.indices) for batch in Batches(pairs, 20, seed=0)] in ([1, 2], [2, 1])
+    shares = [order(Batches(pairs, 20, 0, rank, 2)) for rank in range(2)]
+    assert [[len(batch) for batch in share] for share in shares] == [[2], [1]]
 
 
 def test_batches_that_are_done_are_left_out():
