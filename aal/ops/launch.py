@@ -9,4 +9,5 @@ from torch import Tensor
 
 def on_device_of(x: Tensor) -> AbstractContextManager:
     """Launch where ``x`` lives, whatever device is current; nothing to do for the interpreter."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    is_interpreted = x.device.type != "cuda"
+    return contextlib.nullcontext() if is_interpreted else torch.cuda.device(x.device)
