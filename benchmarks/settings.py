@@ -311,4 +311,4 @@ def comparisons(device: torch.device) -> list[tuple[Network, tuple[Setting, ...]
         )
         return [(large, LARGE_VIT), (residual, RESNET)]
     small = vision_transformer("vit", batch=32, dtype=torch.float32, classes=10)
-    return [(small, SMALL_VIT), (residual_network(batch=4, dtype=torch.float32), EAGER_RESNET)]
+    return [(small, SMALL_VIT), (residual_network(batch=8, dtype=torch.float32), EAGER_RESNET)]
