@@ -184,6 +184,16 @@ def test_its_times_are_the_recorded_ones():
         assert [float(ratio) for ratio in ratios] == pytest.approx(recorded, abs=0.00501)
 
 
+@pytest.mark.parametrize(("label", "network"), [("ViT", "vit"), ("ResNet-50", "ResNet-50")])
+def test_its_times_beside_pytorch_are_the_recorded_ones(label: str, network: str):
+    recorded = [row for row in _record("speed_cpu")["rows"] if row["network"] == network]
+    rows = _table(f"| {label}, beside PyTorch |")
+    assert [name for name, *_ in rows] == [row["setting"] for row in recorded]
+    for row, (_, mib, times, ratio) in zip(recorded, rows, strict=True):
+        assert mib == f"{row['saved_mib']:.1f}" and times == f"{row['saved_times_less']:.2f}"
+        assert ratio == f"{row['ratio']:.2f}"
+
+
 def test_its_accuracies_are_the_recorded_ones():
     networks = _record("patch_accuracy")["rules"].values()
     rows = _table("| rule | ViT, test accuracy % |")
