@@ -40,8 +40,8 @@ class Seeded(Dataset):
 class EpochSampler(Sampler[Draw]):
     """This process's share of every batch of a shuffled pass; an incomplete last one is left out.
 
-    All processes together draw the same batches, whatever their number. Of fewer images than a batch
-    has, each process draws equally many: where they do not divide, the first come again.
+    All processes together draw the same batches, whatever their number. Of fewer images than a
+    batch has, each process draws equally many: where they do not divide, the first come again.
 
     Args:
         count: images of the data set.
