@@ -92,7 +92,7 @@ class Parser(argparse.ArgumentParser):
         """
 
         def value(text: str) -> bool | str:
-            return text if text == word else _truth(text)
+            return text if text == word else _truth(text, word)
 
         keywords = {"default": default, "type": value, "metavar": word, "help": help}
         self.add_argument(flag, nargs="?", const=True, **keywords)
@@ -202,9 +202,10 @@ def _number(text: str, kind: type, valid: Callable[[Any], bool], wanted: str) ->
     return value
 
 
-def _truth(text: str) -> bool:
+def _truth(text: str, word: str | None) -> bool:
     if text.lower() not in _TRUE + _FALSE:
-        raise argparse.ArgumentTypeError(f"must be True or False, got {text!r}")
+        wanted = "True or False" if word is None else f"True, False or {word}"
+        raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
     return text.lower() in _TRUE
 
 

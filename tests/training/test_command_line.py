@@ -148,5 +148,5 @@ def test_a_switch_may_take_a_word(parser: Parser):
     cases |= {("--continue=False",): False, ("--no-continue",): False}
     for words, value in cases.items():
         assert vars(parser.parse_args(words))["continue"] == value
-    with pytest.raises(UserError, match="True or False, got 'car'"):
+    with pytest.raises(UserError, match="True, False or auto, got 'car'"):
         parser.parse_args(["--continue", "car"])
