@@ -123,10 +123,11 @@ def _planes(x: Tensor, thresholds: Sequence[float]) -> tuple[Tensor, ...]:
 
 
 def _product(grad: Tensor, planes: Sequence[Tensor], levels: Sequence[float]) -> Tensor:
-    flat = grad.contiguous().view(-1)
-    result = torch.empty_like(flat)
+    grad = grad.contiguous()
+    result = torch.empty_like(grad)  # no view: autograd adds in place to what it alone refers to
+    flat, flat_result = grad.view(-1), result.view(-1)
     for piece in tiles(flat.numel(), 1, flat.device):
-        own, out = [plane[_bytes(piece)] for plane in planes], result[piece]
+        own, out = [plane[_bytes(piece)] for plane in planes], flat_result[piece]
         if not levels:  # not a product: of infinity it would be NaN where ReLU's gradient is 0
             layout = layout_in_rows(out.shape)
             positive = unpack_sign(*own, layout, grad.dtype, low=0)
@@ -134,7 +135,7 @@ def _product(grad: Tensor, planes: Sequence[Tensor], levels: Sequence[float]) ->
         else:
             steps = _unpack_levels(*own, out.numel(), grad.dtype, levels)
             torch.mul(flat[piece], steps, out=out)
-    return result.view(grad.shape)
+    return result
 
 
 @torch.library.custom_op("aal::coded_activation", mutates_args=())

@@ -25,7 +25,7 @@ def linear_backward(
         own = weight.to(rows.dtype)
         # PyTorch gives the gradient the memory order of the input, and sums in another order then.
         grad_rows = (own.T @ rows.T).T if _is_column_major(as_rows(x)) else rows @ own
-        grad_input = grad_rows.reshape(x.shape)
+        grad_input = owned(grad_rows.reshape(x.shape))
     if needs[1]:
         grad_weight = rows.T @ as_rows(x).to(rows.dtype)
     if needs[2]:  # PyTorch adds the bias to rows, or to the whole where these would be a copy
@@ -40,7 +40,10 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def owned(y: Tensor) -> Tensor:
-    """The result of a Function as no view: PyTorch refuses to change views of one in place."""
+    """The result of a Function as no view.
+
+    PyTorch refuses to change views of one in place, and adds to no gradient in place that is one.
+    """
     return torch.ops.aten._unsafe_view(y, y.shape)
 
 

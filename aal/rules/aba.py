@@ -86,7 +86,7 @@ def _linear_backward(
     row_sum = rows.sum(0, dtype=weight.dtype)
     grad_input = grad_aux = grad_weight = None
     if needs[0]:
-        grad_input = (rows @ weight.to(rows.dtype)).view(shape)
+        grad_input = owned((rows @ weight.to(rows.dtype)).view(shape))
     sums = row_sum.view(aux.numel() // aux.shape[-1], -1, 1)  # (P, D / P, 1)
     if needs[1]:
         products = sums * weight.view(len(sums), -1, weight.shape[1])

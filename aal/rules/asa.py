@@ -129,7 +129,7 @@ class _Sign(NamedTuple):
         rows = as_rows(grad_output)
         grad_input = grad_weight = grad_bias = None
         if needs[0]:
-            grad_input = (rows @ weight.to(rows.dtype)).view(shape)
+            grad_input = owned((rows @ weight.to(rows.dtype)).view(shape))
         if needs[1]:
             product = sign_weight_gradient(rows, source, weight.shape[1], self.low, scale)
             grad_weight = product.to(weight.dtype)
