@@ -194,7 +194,7 @@ layer_count = at_most(1000, positive_int)
 
 def _number(text: str, kind: type, valid: Callable[[Any], bool], wanted: str) -> Any:
     try:
-        value = kind(text)
+        value = None if "_" in text else kind(text)  # Python takes 1_0 for 10
     except ValueError:
         value = None
     if value is None or not valid(value):
