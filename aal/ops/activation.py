@@ -50,17 +50,21 @@ def activation_of(layer: nn.Module) -> Activation | None:
     return Activation("silu") if kind is nn.SiLU else None
 
 
-@torch.library.custom_op("aal::activation_backward_again", mutates_args=())
-def _backward_again(grad_output: Tensor, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+def backward_again_reference(grad_output: Tensor, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Definition of the kernel: gradient and result of the function ``name``."""
     x, activation = x.contiguous(), Activation(name)
     return activation.backward(grad_output.contiguous(), x), activation.forward(x)
+
+
+@torch.library.custom_op("aal::activation_backward_again", mutates_args=())
+def _backward_again(grad_output: Tensor, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    return backward_again_reference(grad_output, x, name)
 
 
 @_backward_again.register_kernel("cuda")
 def _(grad_output: Tensor, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
     if x.dtype not in (torch.float16, torch.bfloat16):  # every bit is PyTorch's
-        x, activation = x.contiguous(), Activation(name)
-        return activation.backward(grad_output.contiguous(), x), activation.forward(x)
+        return backward_again_reference(grad_output, x, name)
     from aal.ops.activation_triton import backward_again_triton
 
     return backward_again_triton(grad_output, x, name)

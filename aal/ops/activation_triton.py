@@ -78,7 +78,7 @@ def _backward_again_kernel(grad, x, grad_x, y, numel, NAME: tl.constexpr, ELEMEN
 
 
 def backward_again_triton(grad_output: Tensor, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """``Activation.backward_again`` as one kernel: reads each input once. Not for ReLU."""
+    """``backward_again_reference`` as one kernel: reads each input once. Not for ReLU."""
     grad_output, x = grad_output.contiguous(), x.contiguous()
     grad_x, y = torch.empty_like(x), torch.empty_like(x)
     if x.numel():
