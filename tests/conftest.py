@@ -1,11 +1,18 @@
-"""What every test starts from: a fixed seed, poisoned memory and a device."""
+"""What every test starts from: a fixed seed, poisoned memory and a device; and what they record."""
 
 import gc
+import json
 import os
 import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from aal.training.files import write_json
+from aal.training.run_folder import environment
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before any test
@@ -22,10 +29,26 @@ DEVICES = [
 ]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    help = "write the figures that tests measure, beside those that the file has"
+    parser.addoption("--record", type=Path, metavar="FILE", help=help)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # The fixture below asks for deterministic kernels; CUDA has none for some backward passes.
     message = ".*does not have a deterministic implementation.*"
     config.addinivalue_line("filterwarnings", f"ignore:{message}:UserWarning")
+
+
+@pytest.fixture(scope="session")
+def figures(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """What tests measure, by name. With ``--record`` it is written if all tests have passed."""
+    found: dict[str, Any] = {}
+    yield found
+    path = request.config.getoption("--record")
+    if path is not None and not request.session.testsfailed:
+        known = json.loads(path.read_text()) if path.exists() else {}
+        write_json(path, known | {"environment": environment()} | found)
 
 
 @pytest.fixture(scope="session", autouse=True)
