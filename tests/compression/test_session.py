@@ -258,7 +258,7 @@ def test_backward_through_checkpoints(method, backward, reentrant):
     with_methods(
         [torch.relu, nn.MaxPool2d(2), nn.ReLU(), nn.AvgPool2d(2)], few=[nn.ReLU(), nn.MaxPool2d(2)]
     ),
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 @pytest.mark.parametrize("backward", ["inside", "outside"])
 def test_a_boundary_is_no_mask_whatever_the_region_does_first(method, region, reentrant, backward):
