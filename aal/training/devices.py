@@ -1,6 +1,7 @@
 """Devices and processes: one process per device, started by the script itself or by torchrun."""
 
 import contextlib
+import io
 import os
 import socket
 import subprocess
@@ -64,12 +65,30 @@ class Worker:
         return tensor.tolist()
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """One value from every process, in their order."""
+        """One value from every process, in their order; its tensors come to the CPU.
+
+        It travels as ``torch.save`` writes it, for what PyTorch gathers itself is unpickled, and
+        so can run code.
+
+        Args:
+            value: tensors, numbers and texts, perhaps in lists, tuples and dicts.
+        """
         if self.world_size == 1:
             return [value]
-        values = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
+        file = io.BytesIO()
+        torch.save(value, file)
+        own = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+        sizes = torch.zeros(self.world_size, dtype=torch.int64)
+        sizes[self.rank] = len(own)
+        dist.all_reduce(sizes, group=self.host_group)
+        padded = nn.functional.pad(own, (0, int(sizes.max()) - len(own)))
+        shares = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(shares, padded, group=self.host_group)
+        files = [
+            io.BytesIO(share[:size].numpy().tobytes())
+            for share, size in zip(shares, sizes.tolist(), strict=True)
+        ]
+        return [torch.load(file, map_location="cpu", weights_only=True) for file in files]
 
 
 def parse_devices(words: Sequence[str] | None) -> list[torch.device]:

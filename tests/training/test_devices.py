@@ -41,6 +41,38 @@ def test_processes_leave_notes_to_their_parent(tmp_path: Path, capfd: pytest.Cap
     assert capfd.readouterr() == ("done\n" * 2, "")
 
 
+EXCHANGE = """
+import fractions
+import pickle
+
+import torch
+
+from aal.training.devices import joined, parse_devices
+
+
+def value(rank):
+    return {"texts": [(rank, "ä" * rank)] * 1000 * rank, "tensor": torch.full((rank,), 0.5)}
+
+
+with joined(parse_devices(["cpu", "cpu"])) as worker:
+    for rank, found in enumerate(worker.gather_objects(value(worker.rank))):
+        assert found["texts"] == value(rank)["texts"]
+        assert torch.equal(found["tensor"], value(rank)["tensor"])
+    try:
+        worker.gather_objects(fractions.Fraction(1, 2))
+    except pickle.UnpicklingError:
+        print("refused")
+"""
+
+
+@pytest.mark.slow
+def test_processes_exchange_values_and_no_code(tmp_path: Path, capfd: pytest.CaptureFixture):
+    script = tmp_path / "script.py"
+    script.write_text(EXCHANGE)
+    status = launch(str(script), [], 2)
+    assert (status, capfd.readouterr().out) == (0, "refused\n" * 2)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_is_named_once():
