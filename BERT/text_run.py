@@ -23,8 +23,8 @@ from transformers import PreTrainedConfig
 from aal.training import run
 from aal.training.command_line import UserError, note
 from aal.training.devices import Worker
+from aal.training.evaluation import evaluate
 from aal.training.files import read_checkpoint
-from aal.training.loop import evaluate
 
 _SCORING_SIZE = 64  # texts per batch and process
 _RANDOM_LENGTH = 32  # tokens of a text in a dry run

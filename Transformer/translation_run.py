@@ -18,8 +18,9 @@ from transformer import MAX_LENGTH, PAD, SPECIAL
 from aal.training import run
 from aal.training.command_line import UserError, write_output
 from aal.training.devices import Worker
+from aal.training.evaluation import evaluate
 from aal.training.files import read_checkpoint
-from aal.training.loop import autocast, evaluate
+from aal.training.precision import autocast
 
 _SCORING_TOKENS = 4096  # per batch and process, so that a score does not depend on --batch-size
 _RANDOM_LENGTH = 24  # tokens of a text in a dry run

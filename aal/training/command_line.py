@@ -111,9 +111,13 @@ def note(text: str) -> None:
         _tell(f"train.py: note: {text}")
 
 
-def warn(text: str) -> None:
-    """Tell the user of something that went wrong and was put right, on stderr."""
-    if is_first():
+def warn(text: str, anywhere: bool = False) -> None:
+    """Tell the user of something that went wrong and was put right, on stderr.
+
+    Args:
+        anywhere: in this process, even if it is not the first.
+    """
+    if anywhere or is_first():
         _tell(f"train.py: warning: {text}")
 
 

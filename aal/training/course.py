@@ -127,10 +127,12 @@ class Course:
         scores = {f"train_{name}": value for name, value in train.items()}
         scores |= {f"val_{name}": value for name, value in validation.items()}
         rate = f"{self.trainer.task.unit}_per_s"
+        skipped = {name: train[name] for name in ("skipped_steps",) if name in train}
         return {
             "epoch": self.epoch + 1,
             "step": self.trainer.step,
             **{name: value for name, value in scores.items() if name in self.run.columns},
+            **skipped,
             "learning_rate": self.trainer.optimizer.param_groups[0]["lr"],
             "saved_mib": self.trainer.saved_mib,
             "peak_mib": peak,

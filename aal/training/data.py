@@ -11,14 +11,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from aal.training.augmentation import transforms
 from aal.training.command_line import UserError
 from aal.training.descriptions import DATASETS
-from aal.training.devices import Worker
-from aal.training.interruption import leave_signals_to_parent
-from aal.training.sampling import EpochSampler, Seeded, StepSampler
+from aal.training.image_folders import ImageFiles, read_folders
 
 _VALIDATION_SHARE, _MAX_VALIDATION = 0.1, 10_000
 _SPLIT_SEED = 0
@@ -50,10 +48,12 @@ def load(name: str, path: Path, *, img_size: int | None = None, autoaugment: boo
     if name == "digits":
         parts = _digits(augmented, plain)
     elif name == "imagenet":
-        parts = _folders(name, _root(path, ("imagenet", "ImageNet")), augmented, plain)
+        root = _root(path, ("imagenet", "ImageNet"))
+        parts = _from_folders(name, root, augmented, plain, None)
     elif name == "tiny-imagenet":
         root = _root(path, ("tiny-imagenet-200", "tiny-imagenet"))
-        parts = _folders(name, root, augmented, plain)
+        size = DATASETS[name].size if img_size is None else None
+        parts = _from_folders(name, root, augmented, plain, size)
     else:
         parts = _from_torchvision(name, path, augmented, plain)
     for title, part in vars(parts).items():
@@ -70,63 +70,6 @@ def synthetic(name: str, batch_size: int, *, img_size: int | None = None) -> Par
     labels = torch.randint(what.num_classes, (count,))
     part = TensorDataset(images, labels)
     return Parts(part, part, part)
-
-
-def train_loader(part: Dataset, batch_size: int, workers: int, seed: int, worker: Worker):
-    """Shuffled batches of this process; call ``loader.sampler.set_epoch`` before every epoch.
-
-    ``batch_size`` is that of all processes together. An incomplete last batch is left out.
-    """
-    own_size = batch_size // worker.world_size
-    sampler = EpochSampler(len(part), own_size, seed, worker)
-    return _loader(part, own_size, sampler, workers, worker)
-
-
-def step_loader(
-    part: Dataset,
-    batch_size: int,
-    workers: int,
-    seed: int,
-    worker: Worker,
-    num_steps: int,
-    eval_every: int,
-):
-    """As ``train_loader`` in a run of ``num_steps`` steps, validated after every ``eval_every``.
-
-    ``loader.sampler.set_epoch`` chooses which of these stretches comes next.
-    """
-    sampler = StepSampler(len(part), batch_size, seed, worker, num_steps, eval_every)
-    return _loader(part, batch_size // worker.world_size, sampler, workers, worker)
-
-
-def _loader(
-    part: Dataset,
-    own_size: int,
-    sampler: EpochSampler | StepSampler,
-    workers: int,
-    worker: Worker,
-) -> DataLoader:
-    return DataLoader(
-        Seeded(part),
-        own_size,
-        sampler=sampler,
-        num_workers=workers,
-        pin_memory=worker.device.type == "cuda",
-        worker_init_fn=leave_signals_to_parent,
-    )
-
-
-def evaluation_loader(part: Dataset, batch_size: int, workers: int, worker: Worker) -> DataLoader:
-    """This process's share of a part, every item in exactly one process."""
-    share = Subset(part, range(worker.rank, len(part), worker.world_size))
-    own_size = max(1, batch_size // worker.world_size)
-    return DataLoader(
-        share,
-        own_size,
-        num_workers=workers,
-        pin_memory=worker.device.type == "cuda",
-        worker_init_fn=leave_signals_to_parent,
-    )
 
 
 class _ImagesInMemory(Dataset):
@@ -189,54 +132,13 @@ def _from_torchvision(name: str, path: Path, augmented: Callable, plain: Callabl
     )
 
 
-def _folders(name: str, root: Path, augmented: Callable, plain: Callable) -> Parts:
+def _from_folders(
+    name: str, root: Path, augmented: Callable, plain: Callable, size: int | None
+) -> Parts:
     """train/ and val/ with one folder per class, or Tiny-ImageNet's flat val/; val is the test."""
-    from torchvision.datasets import ImageFolder
-
-    try:
-        train = ImageFolder(root / "train", augmented)
-        if len(train.classes) > DATASETS[name].num_classes:
-            raise UserError(
-                f"{root / 'train'} has {len(train.classes)} classes, too many for {name}"
-            )
-        annotations = root / "val" / "val_annotations.txt"
-        if annotations.is_file():
-            test: Dataset = _AnnotatedImages(annotations, train.class_to_idx, plain)
-        else:
-            test = ImageFolder(root / "val", plain)
-            if test.classes != train.classes:
-                raise UserError(f"{root / 'val'} and {root / 'train'} hold different classes")
-        return _with_validation(train, ImageFolder(root / "train", plain), test)
-    except FileNotFoundError as error:
-        raise UserError(f"{name} in {root} is incomplete: {error}") from error
-
-
-class _AnnotatedImages(Dataset):
-    """The validation images of Tiny-ImageNet: one folder, and a table of file and class."""
-
-    def __init__(self, annotations: Path, class_to_index: dict[str, int], transform: Callable):
-        self.transform = transform
-        self.items = []
-        try:
-            lines = annotations.read_text().split("\n")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{annotations} is not a text file: {error}") from error
-        for line in filter(str.strip, lines):
-            file, label = (line.split("\t") + [""])[:2]
-            if label not in class_to_index:
-                raise UserError(f"{annotations} names class {label!r}, which train/ lacks")
-            if not (annotations.parent / "images" / file).is_file():
-                raise UserError(f"{annotations} names {file}, which images/ lacks")
-            self.items.append((annotations.parent / "images" / file, class_to_index[label]))
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        from torchvision.datasets.folder import default_loader
-
-        file, label = self.items[index]
-        return self.transform(default_loader(str(file))), label
+    train, test = read_folders(root, DATASETS[name].num_classes)
+    parts = ImageFiles(train, augmented, size), ImageFiles(train, plain, size)
+    return _with_validation(*parts, ImageFiles(test, plain, size))
 
 
 def _root(path: Path, names: tuple[str, str]) -> Path:

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from aal.training import data, run
+from aal.training import data, loaders, run
 from aal.training.classification import Classification
 from aal.training.command_line import Parser, UserError, non_negative_int, positive_int
 from aal.training.descriptions import DATASETS, Description, dataset_name
 from aal.training.devices import Worker
+from aal.training.evaluation import evaluate
 from aal.training.image_recipe import ImageRecipe
-from aal.training.loop import evaluate
 
 
 def add_arguments(parser: Parser, test_batch_size: int) -> None:
@@ -29,6 +29,8 @@ def add_arguments(parser: Parser, test_batch_size: int) -> None:
     add(*flags, type=positive_int, default=test_batch_size, help="images per batch when scoring")
     help = "data-loading processes per device; if not given, 4, for digits 0"
     add("--workers", "--num-workers", type=non_negative_int, default=argparse.SUPPRESS, help=help)
+    help = "end the run at an image that cannot be read, or name it and go on without it"
+    add("--bad-images", choices=("stop", "skip"), default="stop", help=help)
     run.add_arguments(parser)
 
 
@@ -53,6 +55,7 @@ class ImageRun(run.Run):
         self.title = f"{args.dataset}_{self.title}"
         super().__post_init__()
         self.workers = 0 if args.dry_run else vars(args).get("workers", self.images.workers)
+        self.bad_images = loaders.BadImages(args.bad_images == "skip")
         batch_size, count = self.settings.batch_size, self.processes
         if batch_size % count:
             raise UserError(f"--batch-size {batch_size} does not divide by {count} processes")
@@ -80,16 +83,17 @@ class ImageRun(run.Run):
         mix = settings.mixing(self.images.num_classes)
         return Classification(settings.label_smoothing, mix)
 
-    def train_loader(self, worker: Worker) -> tuple[DataLoader, int]:
+    def train_loader(self, worker: Worker) -> tuple[loaders.TrainBatches, int]:
         settings, part = self.settings, self.parts.train
         shared = (part, settings.batch_size, self.workers, settings.seed, worker)
         if settings.num_steps is None or self.args.dry_run:
-            loader = data.train_loader(*shared)
+            loader = loaders.train_loader(*shared, self.bad_images)
             return loader, len(loader)
-        loader = data.step_loader(*shared, settings.num_steps, settings.eval_every)
+        length = settings.num_steps, settings.eval_every
+        loader = loaders.step_loader(*shared, *length, self.bad_images)
         return loader, max(1, len(part) // settings.batch_size)
 
-    def begin_epoch(self, loader: DataLoader, epoch: int, done: int) -> None:
+    def begin_epoch(self, loader: loaders.TrainBatches, epoch: int, done: int) -> None:
         loader.sampler.set_epoch(epoch, done)
 
     def validate(self, worker: Worker, title: str) -> dict[str, float]:
@@ -127,5 +131,6 @@ class ImageRun(run.Run):
             ) from error
 
     def _score(self, part: Dataset, worker: Worker, title: str) -> dict[str, float]:
-        loader = data.evaluation_loader(part, self.args.test_batch_size, self.workers, worker)
+        shared = (part, self.args.test_batch_size, self.workers, worker)
+        loader = loaders.evaluation_loader(*shared, self.bad_images)
         return evaluate(Classification(), self.model, loader, worker, self.settings.amp, title)

@@ -1,7 +1,6 @@
-"""Training and evaluation of a model, one pass over a loader at a time, whatever it learns."""
+"""Training of a model, one pass over a loader at a time, whatever it learns."""
 
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -11,23 +10,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from aal.compression.report import Report
 from aal.compression.session import Session
 from aal.indicator import IndicatorRecorder
 from aal.memory import MIB, saved_bytes
 from aal.preserved import preserved
-from aal.training import parallel
+from aal.training import finite, parallel
 from aal.training.command_line import UserError
 from aal.training.devices import Worker
+from aal.training.precision import MAX_SKIPPED, LossScaler, autocast
 from aal.training.task import Task
-from aal.training.totals import Progress, Totals
+from aal.training.totals import Progress, Totals, progress_bar
 
-AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _INDICATOR_STEPS = 4  # sampled steps per epoch
 _PROBE_SAMPLES = 8
-_CHECK_EVERY = 16  # steps between looks at the loss, each of which waits for the GPU
+_ADVICE = "try a lower --lr"
+_UNTOUCHED = "Files that were written before are untouched"
 
 
 @dataclass
@@ -67,9 +66,10 @@ class Trainer:
     progress: Progress | None = None  # of the epoch that is being learned
 
     def __post_init__(self) -> None:
-        self.scaler = torch.amp.GradScaler(self.worker.device.type, enabled=self.amp == "fp16")
+        self.scaler = LossScaler(self.worker.device, self.amp)
         self.compression = self.compress and self.compress()
         self._awaited: dict[str, Tensor] | None = None  # random state of the epoch to be continued
+        self._watch = finite.LossWatch(self.worker.device)
 
     def measure_saved_mib(self, loader: Any) -> float:
         """MiB that autograd holds between forward and backward, per process.
@@ -97,7 +97,8 @@ class Trainer:
             after_step: called after every step but the last.
 
         Raises:
-            UserError: the loss is not finite, or the epoch that was begun had other steps.
+            UserError: the loss is not finite (under fp16, in too many steps), or the epoch that
+                was begun had other steps.
         """
         self.model.train()
         if self.progress is None:
@@ -114,7 +115,7 @@ class Trainer:
         if self._awaited is not None:
             self.set_random_state(self._awaited)
             self._awaited = None
-        bar = _bar(progress.of, title, self.worker, initial=progress.steps)
+        bar = progress_bar(progress.of, title, self.worker, initial=progress.steps)
         saved = "" if self.saved_mib is None else f", saved {self.saved_mib:.1f} MiB"
         with bar:
             for batch in batches:
@@ -124,10 +125,16 @@ class Trainer:
                     bar.set_postfix_str(f"{progress.totals}{saved}", refresh=False)
                 if progress.steps < progress.of:
                     after_step()
-        self._check(progress.totals.loss)
+        if progress.skipped == progress.of:
+            raise UserError(
+                f"all steps of {title} were skipped, as gradients overflow in float16; use --amp "
+                f"bf16, or {_ADVICE}"
+            )
         means, unit = progress.totals.means(), self.task.unit
         progress.seconds = time.perf_counter() - start
         rate = means.pop(unit) / progress.seconds
+        if self.scaler.is_enabled:
+            means["skipped_steps"] = progress.skipped
         return means | {"seconds": progress.seconds, f"{unit}_per_s": rate}
 
     def end_epoch(self) -> None:
@@ -141,11 +148,12 @@ class Trainer:
         its own.
 
         Raises:
-            UserError: the loss is not finite.
+            UserError: weights are not finite.
         """
+        if (name := finite.weights_not_finite(self._bare_model())) is not None:
+            raise UserError(f"{name} is not finite after step {self.step}; {_ADVICE}. {_UNTOUCHED}")
         progress, own = self.progress, {"rng": self.random_state()}
         if progress is not None:
-            self._check(progress.totals.loss)
             own["totals"] = progress.totals.state()
             own["indicators"] = self.recorder.state() if self.recorder else {}
         processes = self.worker.gather_objects(own)
@@ -162,6 +170,7 @@ class Trainer:
                 "title": progress.title,
                 "of": progress.of,
                 "steps": progress.steps,
+                "skipped": progress.skipped,
                 "seconds": progress.seconds,
                 "processes": processes,
             },
@@ -185,7 +194,13 @@ class Trainer:
                 self._awaited = rng
 
     def _load_progress(
-        self, title: str, of: int, steps: int, seconds: float, processes: Sequence[dict[str, Any]]
+        self,
+        title: str,
+        of: int,
+        steps: int,
+        skipped: int,
+        seconds: float,
+        processes: Sequence[dict[str, Any]],
     ) -> None:
         """Continue an epoch; of other processes than before, the first takes all that they had."""
         totals = Totals(self.task.unit, self.task.measures, self.worker)
@@ -198,7 +213,7 @@ class Trainer:
         if self.recorder is not None:
             for process in own:
                 self.recorder.add_state(process["indicators"])
-        self.progress = Progress(title, of, totals, steps, seconds)
+        self.progress = Progress(title, of, totals, steps, skipped, seconds)
 
     def random_state(self) -> dict[str, Tensor]:
         """Of this process, on CPU and on its GPU."""
@@ -214,31 +229,40 @@ class Trainer:
             torch.cuda.set_rng_state(rng["cuda"], self.worker.device)
 
     def _learn(self, batch: Any) -> None:
-        """One step of the optimiser."""
+        """One step of the optimiser; under fp16 none where gradients overflow."""
         progress = self.progress
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         batch = self.task.changed(batch)
         is_sampled = progress.steps in self._indicator_steps(progress.of)
-        loss = self._backward(batch, is_sampled, progress.totals)
-        if progress.steps % _CHECK_EVERY == 0:
-            self._check(loss)
+        parts = self._backward(batch, is_sampled)
+        if math.isfinite(loss := self._watch.value()):
+            for part in parts:
+                progress.totals.add(*part)
+        elif not self.scaler.is_enabled:
+            raise UserError(f"{self._not_finite(loss, batch)}; {_ADVICE}. {_UNTOUCHED}")
         if self.max_grad_norm:
-            self.scaler.unscale_(self.optimizer)
+            self.scaler.unscale(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        if self.scaler.step(self.optimizer):
+            progress.skipped += 1
+            if self.scaler.skipped_in_row == MAX_SKIPPED:
+                raise UserError(self._too_many_skipped(loss, batch))
         self.step += 1
         progress.steps += 1
         self._step_compression(batch, is_last=progress.steps == progress.of)
 
-    def _backward(self, batch: Any, sampled: bool, totals: Totals) -> Tensor:
-        """Add the gradient of a batch's loss, part by part; returns this process's share of it."""
+    def _backward(self, batch: Any, sampled: bool) -> list[tuple[Tensor, int, Sequence[Tensor]]]:
+        """Add the gradient of a batch's loss, part by part; ``_watch`` sees the loss.
+
+        Returns:
+            What ``Totals.add`` takes, of each part.
+        """
         parts, weight = self.task.split(batch, self.accumulation), self.task.weight
         # The wrapper averages the gradients of the processes, whatever their weights.
         mean = self._step_weight(weight(batch)) / self.worker.world_size
-        whole = torch.zeros((), device=self.worker.device)
+        whole, outcomes = torch.zeros((), device=self.worker.device), []
         for number, part in enumerate(parts, 1):
             alone = self.worker.world_size == 1 or number == len(parts)
             with nullcontext() if alone else parallel.without_exchange(self.model):
@@ -246,10 +270,37 @@ class Trainer:
                 with recording, autocast(self.worker.device, self.amp):
                     loss, sums = self._loss(self.model, part, self.compression)
                 share = weight(part) / mean
-                self.scaler.scale(loss * share).backward()
-            totals.add(loss, weight(part), sums)
-            whole = whole + loss.detach() * share
-        return whole
+                outcomes.append((loss.detach(), weight(part), sums))
+                whole = whole + loss.detach() * share
+                if number == len(parts):
+                    self._watch.see(whole)
+                self.scaler.scaled(loss * share).backward()
+        return outcomes
+
+    def _not_finite(self, loss: float, batch: Any) -> str:
+        """What is known of a loss that is not finite, for the user."""
+        model = self._bare_model()
+
+        def forward() -> None:
+            for part in self.task.split(batch, self.accumulation):
+                with autocast(self.worker.device, self.amp):
+                    self.task.loss(model, part)
+
+        where = f"the loss is {loss} at step {self.step + 1} ({self.progress.title})"
+        return where + finite.origin(model, batch, forward)
+
+    def _too_many_skipped(self, loss: float, batch: Any) -> str:
+        """Why no step is taken any more, for the user."""
+        text = (
+            f"{MAX_SKIPPED} steps in a row were skipped up to step {self.step + 1} "
+            f"({self.progress.title}), as gradients overflow in float16 even when the loss is "
+            f"multiplied by {self.scaler.scale:g}"
+        )
+        if not math.isfinite(loss):
+            text += f": {self._not_finite(loss, batch)}"
+        elif (name := finite.gradient_not_finite(self._bare_model())) is not None:
+            text += f"; that of {name} does"
+        return f"{text}. Use --amp bf16, or {_ADVICE}. {_UNTOUCHED}"
 
     def _loss(
         self, model: nn.Module, batch: Any, compression: Session | None
@@ -272,7 +323,7 @@ class Trainer:
         few = self.task.first(batch, _PROBE_SAMPLES)
         with autocast(self.worker.device, self.amp):
             loss, _ = self._loss(self._bare_model(), few, self.compression)
-        self.scaler.scale(loss).backward()
+        self.scaler.scaled(loss).backward()
 
     def _step_weight(self, own: int) -> int:
         """The weight of the step's batches of all processes together."""
@@ -291,47 +342,3 @@ class Trainer:
         if self.recorder is None:
             return set()
         return {i * num_batches // _INDICATOR_STEPS for i in range(_INDICATOR_STEPS)}
-
-    def _check(self, loss: Tensor) -> None:
-        if not math.isfinite(loss.item()):
-            raise UserError(
-                f"the loss is {loss.item()} at step {self.step} ({self.progress.title}); try a "
-                "lower --lr. Files that were written before are untouched"
-            )
-
-
-@torch.no_grad()
-def evaluate(
-    task: Task, model: nn.Module, loader: Any, worker: Worker, amp: str, title: str
-) -> dict[str, float]:
-    """Means of the loss and of the task's measures, and number of units, over all processes.
-
-    Raises:
-        UserError: the loss is not finite.
-    """
-    model.eval()
-    totals = Totals(task.unit, task.measures, worker)
-    with _bar(len(loader), title, worker) as bar:
-        for batch in loader:
-            batch = task.on_device(batch, worker.device)
-            with autocast(worker.device, amp):
-                loss, sums = task.loss(model, batch)
-            totals.add(loss, task.weight(batch), sums)
-            if bar.update():
-                bar.set_postfix_str(f"{totals}", refresh=False)
-    means = totals.means()
-    if not math.isfinite(means["loss"]):
-        raise UserError(f"the loss is {means['loss']} ({title}): the weights are no good")
-    return means
-
-
-def _bar(steps: int, title: str, worker: Worker, initial: int = 0) -> tqdm:
-    """A progress bar where there is a terminal."""
-    quiet = not (worker.is_main and sys.stderr.isatty())
-    kind = {"unit": " steps", "leave": False, "disable": quiet}
-    return tqdm(total=steps, desc=title, initial=initial, **kind)
-
-
-def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """Mixed precision, by a key of ``AMP_DTYPES``."""
-    return torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "off")

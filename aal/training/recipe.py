@@ -21,7 +21,7 @@ from aal.training.command_line import (
     positive_int,
     probability,
 )
-from aal.training.loop import AMP_DTYPES
+from aal.training.precision import AMP_DTYPES
 from aal.training.schedule import SCHEDULERS, learning_rate
 
 OPTIMIZERS = ("sgd", "adam")  # beside "adamw", of scripts that choose it themselves

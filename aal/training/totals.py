@@ -1,10 +1,12 @@
 """Sums over what a pass over a loader has seen, and how far the pass has come."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from aal.training.devices import Worker
 
@@ -65,6 +67,7 @@ class Progress:
         of: steps of the whole epoch.
         totals: of the steps that are done.
         steps: that are done.
+        skipped: steps among them in which nothing was learned, as gradients overflowed.
         seconds: that they took.
     """
 
@@ -72,4 +75,12 @@ class Progress:
     of: int
     totals: Totals
     steps: int = 0
+    skipped: int = 0
     seconds: float = 0.0
+
+
+def progress_bar(steps: int, title: str, worker: Worker, initial: int = 0) -> tqdm:
+    """A progress bar where there is a terminal."""
+    quiet = not (worker.is_main and sys.stderr.isatty())
+    kind = {"unit": " steps", "leave": False, "disable": quiet}
+    return tqdm(total=steps, desc=title, initial=initial, **kind)

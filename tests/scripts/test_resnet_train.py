@@ -15,7 +15,7 @@ from scripts.conftest import assert_same_results, files_of, flags_of, run_folder
 from aal.training import data
 from aal.training.classification import Classification
 from aal.training.devices import Worker
-from aal.training.loop import evaluate
+from aal.training.evaluation import evaluate
 
 RULES = ["bp", "ara", "aba", "asa"]
 ARA = ("--learning-rule", "ara", "--ARA-stride", "2", "2", "2", "2")

@@ -18,7 +18,8 @@ from aal.compression.session import Session
 from aal.indicator import IndicatorRecorder
 from aal.training.classification import Classification
 from aal.training.devices import Worker
-from aal.training.loop import Trainer, evaluate
+from aal.training.evaluation import evaluate
+from aal.training.loop import Trainer
 
 CPU = Worker(torch.device("cpu"))
 

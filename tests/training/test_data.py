@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from aal.training import data
+from aal.training import data, loaders
 from aal.training.command_line import UserError
 from aal.training.devices import Worker
 
@@ -124,7 +124,7 @@ def test_evaluation_shards_hold_every_item_once(world_size: int):
     part = TensorDataset(torch.arange(7))
     found = []
     for rank in range(world_size):
-        loader = data.evaluation_loader(part, 4, 0, Worker(CPU, rank, world_size))
+        loader = loaders.evaluation_loader(part, 4, 0, Worker(CPU, rank, world_size))
         found += [value for (batch,) in loader for value in batch.tolist()]
     assert sorted(found) == list(range(7))
 
@@ -133,7 +133,7 @@ def test_training_order_depends_on_seed_and_epoch_alone():
     part = TensorDataset(torch.arange(20))
 
     def order(seed: int, epoch: int) -> list[int]:
-        loader = data.train_loader(part, 4, 0, seed, Worker(CPU))
+        loader = loaders.train_loader(part, 4, 0, seed, Worker(CPU))
         loader.sampler.set_epoch(epoch)
         return [value for (batch,) in loader for value in batch.tolist()]
 
@@ -144,5 +144,5 @@ def test_training_order_depends_on_seed_and_epoch_alone():
 
 def test_an_incomplete_batch_is_used_only_where_there_is_no_other():
     part = TensorDataset(torch.arange(5))
-    assert [len(b) for (b,) in data.train_loader(part, 2, 0, 0, Worker(CPU))] == [2, 2]
-    assert [len(b) for (b,) in data.train_loader(part, 8, 0, 0, Worker(CPU))] == [5]
+    assert [len(b) for (b,) in loaders.train_loader(part, 2, 0, 0, Worker(CPU))] == [2, 2]
+    assert [len(b) for (b,) in loaders.train_loader(part, 8, 0, 0, Worker(CPU))] == [5]

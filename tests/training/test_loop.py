@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from aal.training.classification import Classification
 from aal.training.devices import Worker
-from aal.training.loop import Trainer, evaluate
+from aal.training.evaluation import evaluate
+from aal.training.loop import Trainer
 
 CPU = Worker(torch.device("cpu"))
 TASK, SMOOTHED = Classification(), Classification(label_smoothing=0.1)

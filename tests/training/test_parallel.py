@@ -24,7 +24,8 @@ from aal.training.classification import Classification
 from aal.training.command_line import UserError
 from aal.training.compression_flags import Compression
 from aal.training.devices import Worker
-from aal.training.loop import Trainer, evaluate
+from aal.training.evaluation import evaluate
+from aal.training.loop import Trainer
 from aal.training.parallel import KINDS, blocks_of, check_parallel, parallelised, whole
 
 ALONE = Worker(torch.device("cpu"))

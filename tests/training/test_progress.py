@@ -111,11 +111,13 @@ def test_what_other_processes_had_goes_to_the_first(part: TensorDataset):
         )
 
 
-def test_a_state_with_a_loss_that_is_not_finite_is_not_made(part: TensorDataset):
+def test_a_state_with_weights_that_are_not_finite_is_not_made(part: TensorDataset):
     trainer = _trainer()
     trainer.train_epoch(DataLoader(part, 4), "one")
-    trainer.progress.totals.loss = torch.tensor(float("nan"), dtype=torch.float64)
-    with pytest.raises(UserError, match="the loss is nan at step 5 .one"):
+    name, weights = list(trainer.model.named_parameters())[1]
+    with torch.no_grad():
+        weights[-1] = float("inf")
+    with pytest.raises(UserError, match=f"^{name} is not finite after step 5; try a lower --lr"):
         trainer.state()
 
 

@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from aal.training.data import step_loader, train_loader
 from aal.training.devices import Worker
+from aal.training.loaders import step_loader, train_loader
 from aal.training.sampling import EpochSampler, Seeded, StepSampler
 
 CPU = torch.device("cpu")
