@@ -16,6 +16,7 @@ from aal.training.compression_flags import add_compression_flags, compression_of
 from aal.training.course import Course
 from aal.training.devices import Worker
 from aal.training.files import read_checkpoint
+from aal.training.loaders import failures_explained
 from aal.training.loop import Trainer
 from aal.training.parallel import add_parallel_flag, check_parallel, parallelised, whole
 from aal.training.recipe import Recipe
@@ -274,7 +275,7 @@ def execute(run: Run, script: str, arguments: Sequence[str]) -> int:
             if run.folder is not None:
                 run.folder.release()  # the first process takes it
             return devices.launch(script, arguments, len(run.devices))
-        with devices.joined(run.devices) as worker:
+        with devices.joined(run.devices) as worker, failures_explained():
             run.execute(worker)
     except KeyboardInterrupt as error:
         if run.folder is not None and run.folder.has_state:

@@ -155,7 +155,7 @@ def test_the_flags_are_these(call: Callable):
         --label-smoothing --test-batch-size --eval-batch-size --amp --device --workers
         --num-workers --seed --output --output-dir --model-path --get-li --resume --checkpoint
         --dry-run --compress --compress-level --compress-bits --actnn --mesa
-        --mesa-policy --tensorboard --save-every --keep --parallel""".split()
+        --mesa-policy --tensorboard --bad-images --save-every --keep --parallel""".split()
     )
 
 

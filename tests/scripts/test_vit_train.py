@@ -130,7 +130,7 @@ def test_the_flags_are_these(call: Callable):
         --max-grad-norm --clip-grad --label-smoothing --test-batch-size --eval-batch-size --amp
         --device --workers --num-workers --seed --output --output-dir --model-path --get-li
         --resume --checkpoint --dry-run --tensorboard
-        --save-every --keep --parallel --compress --compress-level --compress-bits
+        --bad-images --save-every --keep --parallel --compress --compress-level --compress-bits
         --actnn --mesa --mesa-policy""".split()
     )
 
