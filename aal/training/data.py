@@ -4,7 +4,7 @@ The validation part is cut from the training images by a permutation that is the
 run, so that the test images choose nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from aal.training.augmentation import transforms
 from aal.training.command_line import UserError
-from aal.training.descriptions import DATASETS
+from aal.training.descriptions import DATASETS, Description
 from aal.training.image_folders import ImageFiles, read_folders
 
 _VALIDATION_SHARE, _MAX_VALIDATION = 0.1, 10_000
@@ -103,6 +103,11 @@ def _digits(augmented: Callable, plain: Callable) -> Parts:
 
 
 def _from_torchvision(name: str, path: Path, augmented: Callable, plain: Callable) -> Parts:
+    """Data sets that torchvision reads.
+
+    Files of CIFAR and SVHN have known checksums. Those of CIFAR are unpickled, which could run code
+    of their author, but only where the checksum is the right one.
+    """
     from torchvision import datasets
 
     dataset, files = {
@@ -123,13 +128,26 @@ def _from_torchvision(name: str, path: Path, augmented: Callable, plain: Callabl
             return dataset(path, **which, transform=transform, download=True)
         except Exception as error:  # network, disk and checksum errors of many types
             raise UserError(
-                f"{name} is not in {path} and cannot be downloaded ({error}); put {files} there "
-                "or name another folder with --data-path"
+                f"{name} in {path} is missing or damaged, and cannot be downloaded ({error}); put "
+                f"{files} there or name another folder with --data-path"
             ) from error
 
-    return _with_validation(
-        open_part(True, augmented), open_part(True, plain), open_part(False, plain)
-    )
+    parts = open_part(True, augmented), open_part(True, plain), open_part(False, plain)
+    for part in parts:
+        labels = part.labels if name == "svhn" else part.targets
+        _check(f"{name} in {path}", DATASETS[name], part.data.shape, torch.as_tensor(labels))
+    return _with_validation(*parts)
+
+
+def _check(title: str, what: Description, shape: Sequence[int], labels: Tensor) -> None:
+    """Raise ``UserError`` if images, of shape (N, height, width) and perhaps channels, are odd."""
+    if len(labels) != shape[0]:
+        raise UserError(f"{title} has {shape[0]} images, but {len(labels)} labels")
+    if list(shape[1:]).count(what.size) != 2:
+        sizes = "x".join(map(str, shape[1:]))
+        raise UserError(f"{title} has images of {sizes}, not of {what.size}x{what.size}")
+    if odd := labels[(labels < 0) | (labels >= what.num_classes)].tolist():
+        raise UserError(f"{title} has the label {odd[0]}, above {what.num_classes - 1} or below 0")
 
 
 def _from_folders(

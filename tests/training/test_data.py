@@ -1,6 +1,7 @@
 """Parts of data sets that do not overlap, and what is said when files are missing."""
 
 import gzip
+import shutil
 import struct
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
+from torchvision.datasets import ImageFolder
 
 from aal.training import data, loaders
 from aal.training.command_line import UserError
@@ -34,14 +36,21 @@ def test_the_parts_of_digits_hold_every_image_once():
     assert again.test.indices == parts.test.indices
 
 
-def _write_mnist(folder: Path) -> None:
-    """Ten training and four test images in MNIST's own file format."""
+def _write_mnist(folder: Path, size: int = 28, first: int = 0, lacking: int = 0) -> None:
+    """Ten training and four test images in MNIST's own file format, by their labels' order.
+
+    Args:
+        size: pixels per side.
+        first: smallest label.
+        lacking: labels.
+    """
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name, count in (("train", 10), ("t10k", 4)):
-        images = np.arange(count * 28 * 28, dtype=np.uint32).astype(np.uint8)
-        header = struct.pack(">IIII", 2051, count, 28, 28)
-        labels = struct.pack(">II", 2049, count) + bytes(range(count))
+        images = np.arange(count * size * size, dtype=np.uint32).astype(np.uint8)
+        header = struct.pack(">IIII", 2051, count, size, size)
+        values = range(first, first + count - lacking)
+        labels = struct.pack(">II", 2049, len(values)) + bytes(values)
         for kind, content in (("images-idx3", header + images.tobytes()), ("labels-idx1", labels)):
             (raw / f"{name}-{kind}-ubyte").write_bytes(content)
             (raw / f"{name}-{kind}-ubyte.gz").write_bytes(gzip.compress(content))
@@ -55,6 +64,28 @@ def test_mnist_is_read_from_torchvisions_files_in_one_channel(tmp_path: Path):
     expected = (np.arange(3 * 784, 4 * 784) % 256 / 255 - 0.1307) / 0.3081
     torch.testing.assert_close(image.flatten(), torch.tensor(expected, dtype=torch.float32))
     assert image.shape == (1, 28, 28) and label == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"first": 1}, "mnist in .* has the label 10, above 9"),
+        ({"lacking": 1}, "has 10 images, but 9 labels"),
+        ({"size": 30}, "has images of 30x30, not of 28x28"),
+    ],
+)
+def test_images_and_labels_that_do_not_fit_are_refused(tmp_path: Path, changes: dict, words: str):
+    _write_mnist(tmp_path, **changes)
+    with pytest.raises(UserError, match=words):
+        data.load("mnist", tmp_path)
+
+
+def test_damaged_files_are_refused_by_name(tmp_path: Path):
+    _write_mnist(tmp_path)
+    file = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="mnist in .* is missing or damaged, .*--data-path"):
+        data.load("mnist", tmp_path)
 
 
 def _write_folders(root: Path, flat: bool) -> None:
@@ -92,6 +123,18 @@ def test_training_and_validation_images_differ_and_only_training_is_augmented(tm
     ]
     assert not torch.equal(images[0], images[0][:1].expand_as(images[0]))
     assert torch.equal(images[1], images[1][:1].expand_as(images[1]))
+
+
+def test_images_come_in_torchvisions_order(tmp_path: Path):
+    _write_folders(tmp_path, flat=False)
+    for folder in ("train/b/sub", "train/b/SUB", "train/a/1"):
+        (tmp_path / folder).mkdir()
+        for name in ("z.PNG", "y.jpeg", "notes.txt"):
+            shutil.copy(tmp_path / "train" / "a" / "a0.png", tmp_path / folder / name)
+    (tmp_path / "train" / "a" / "0").symlink_to(tmp_path / "train" / "b" / "sub")
+    parts = data.load("imagenet", tmp_path)
+    assert parts.train.dataset.items == ImageFolder(tmp_path / "train").samples
+    assert parts.test.items == ImageFolder(tmp_path / "val").samples
 
 
 def test_imagenet_is_cropped_to_224_pixels(tmp_path: Path):
