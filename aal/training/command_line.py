@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 NOTED = "AAL_NOTED"  # in the environment of processes whose parent has made their notes
+LOST = 75  # exit status of such a process after a ``ProcessLost``
 
 _LARGEST = 1e30  # what single precision holds, with room for products
 _TRUE = ("true", "yes", "on", "1")
@@ -31,11 +32,16 @@ class Stopped(Exception):
         self.status = 128 + signal
 
 
+class ProcessLost(Exception):
+    """Another process of the run has ended or hangs; its texts say how, and what can be done."""
+
+
 def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str], program: str) -> int:
     """Return ``main``'s exit status, or 2 after a ``UserError``.
 
-    Signals that ask to stop give 130 (SIGINT) and 143 (SIGTERM). The status is 1 when the reader of
-    our output has gone, as in ``train.py ... | head -1``.
+    Signals that ask to stop give 130 (SIGINT) and 143 (SIGTERM). The status is 1 when one of
+    several processes was lost, and when the reader of our output has gone, as in
+    ``train.py ... | head -1``.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -44,6 +50,11 @@ def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str], program:
     except UserError as error:
         _tell(f"{program}: error: {' '.join(str(error).split())}")
         return 2
+    except ProcessLost as error:
+        if NOTED in os.environ:  # the parent knows more
+            return LOST
+        _tell("; ".join([f"{program}: error: {error.args[0]}", *error.args[1:]]))
+        return 1
     except BrokenPipeError:
         _drop_output()
         return 1

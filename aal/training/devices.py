@@ -1,12 +1,9 @@
-"""Devices and processes: one process per device, started by the script itself or by torchrun."""
+"""Devices and processes: one process per device, joined to those of the other devices."""
 
 import contextlib
 import io
 import os
-import socket
-import subprocess
-import sys
-import time
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from aal.training.command_line import NOTED, UserError
-from aal.training.interruption import SIGNALS, STATUSES, Interruption
-
-_PATIENCE = 10  # seconds that processes get to end, once another has failed
+from aal.training.command_line import ProcessLost, UserError
 
 
 @dataclass(frozen=True)
@@ -136,70 +130,14 @@ def num_processes(devices: Sequence[torch.device]) -> int:
     return count
 
 
-def launch(script: str, arguments: Sequence[str], count: int) -> int:
-    """Run ``script`` once per device and return the first bad exit status, or 0.
-
-    When one process fails the others are stopped: they would wait for it for ever. Signals are
-    passed on as SIGTERM, which a terminal does not send to the processes by itself.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    with Interruption() as interruption:
-        for rank in range(count):
-            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count}
-            own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, NOTED: 1}
-            environment = os.environ | {name: str(value) for name, value in own.items()}
-            command = [sys.executable, script, *arguments]
-            processes.append(subprocess.Popen(command, env=environment))
-        try:
-            status = _first_failure(processes, interruption)
-            if status in STATUSES:
-                for process in processes:  # all of which stop at this step
-                    process.wait()
-            if interruption.signal and (status in STATUSES or -status in SIGNALS):
-                return 128 + interruption.signal
-            return status
-        except KeyboardInterrupt:
-            for process in processes:
-                process.kill()
-            raise
-        finally:
-            _end(processes)
-
-
-def _first_failure(processes: Sequence[subprocess.Popen], interruption: Interruption) -> int:
-    """The exit status of the process that fails first, or 0 when all are done."""
-    has_told = False
-    while True:
-        if interruption.signal and not has_told:
-            has_told = True
-            for process in processes:
-                process.terminate()
-        statuses = [process.poll() for process in processes]
-        failed = next((status for status in statuses if status), 0)
-        if failed or None not in statuses:
-            return failed
-        time.sleep(0.1)
-
-
-def _end(processes: Sequence[subprocess.Popen]) -> None:
-    """Stop processes that still run, in the end by force."""
-    for process in processes:
-        process.terminate()
-    deadline = time.monotonic() + _PATIENCE
-    for process in processes:
-        try:
-            process.wait(max(0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
 @contextlib.contextmanager
 def joined(devices: Sequence[torch.device]):
-    """Join the other processes, if there are any; yield this process's ``Worker``."""
+    """Join the other processes, if there are any; yield this process's ``Worker``.
+
+    Raises:
+        ProcessLost: another process cannot be reached, or can be no longer, as it has ended or
+            hangs. PyTorch waits for an answer for 30 minutes (gloo), or 10 (NCCL).
+    """
     if not is_launched():
         if devices[0].type == "cuda":
             torch.cuda.set_device(devices[0])
@@ -211,12 +149,22 @@ def joined(devices: Sequence[torch.device]):
         device = torch.device("cuda", local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    host_group = dist.new_group(backend="gloo") if device.type == "cuda" else None
+    trouble = "cannot join the other processes of the run"
     try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        host_group = dist.new_group(backend="gloo") if device.type == "cuda" else None
+        trouble = "lost another process of the run"
         yield Worker(device, dist.get_rank(), dist.get_world_size(), host_group)
+    except RuntimeError as error:
+        # PyTorch has a class of errors for NCCL and the meeting of processes, but none for gloo.
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            # Without the line of PyTorch's source before it, and advice behind it.
+            reason = re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0]).split(". ")[0]
+            raise ProcessLost(f"{trouble} ({reason})") from error
+        raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def seed_everything(seed: int) -> None:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from aal.indicator import IndicatorRecorder
 from aal.training import devices
-from aal.training.command_line import Parser, UserError, is_first
+from aal.training.command_line import Parser, ProcessLost, UserError, is_first
 from aal.training.compression_flags import add_compression_flags, compression_of
 from aal.training.course import Course
 from aal.training.devices import Worker
 from aal.training.files import read_checkpoint
+from aal.training.launch import launch
 from aal.training.loaders import failures_explained
 from aal.training.loop import Trainer
 from aal.training.parallel import add_parallel_flag, check_parallel, parallelised, whole
@@ -274,12 +275,13 @@ def execute(run: Run, script: str, arguments: Sequence[str]) -> int:
         if len(run.devices) > 1 and not devices.is_launched():
             if run.folder is not None:
                 run.folder.release()  # the first process takes it
-            return devices.launch(script, arguments, len(run.devices))
+            return launch(script, arguments, len(run.devices))
         with devices.joined(run.devices) as worker, failures_explained():
             run.execute(worker)
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, ProcessLost) as error:
         if run.folder is not None and run.folder.has_state:
-            raise KeyboardInterrupt("--resume continues from the last saved state") from error
+            hint = "--resume continues from the last saved state"
+            raise type(error)(*error.args, hint) from error
         raise
     finally:
         if run.folder is not None:

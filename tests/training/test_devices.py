@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from aal.training.command_line import UserError
-from aal.training.devices import launch, num_processes, parse_devices
+from aal.training.devices import num_processes, parse_devices
+from aal.training.launch import launch
 
 
 def test_cpu_may_be_named_once_per_process():
@@ -31,14 +32,6 @@ def test_processes_without_a_number_are_refused(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="are no numbers"):
         num_processes([torch.device("cpu")])
-
-
-@pytest.mark.slow
-def test_processes_leave_notes_to_their_parent(tmp_path: Path, capfd: pytest.CaptureFixture):
-    script = tmp_path / "script.py"
-    script.write_text("from aal.training.command_line import note\nnote('again')\nprint('done')\n")
-    assert launch(str(script), [], 2) == 0
-    assert capfd.readouterr() == ("done\n" * 2, "")
 
 
 EXCHANGE = """

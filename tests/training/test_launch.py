@@ -1,0 +1,106 @@
+"""Several processes of one script, started and watched over by another one."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from aal.training import launch
+from aal.training.command_line import LOST, ProcessLost
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Callable:
+    """Run what each process is to do, one after the other; returns the status."""
+
+    def start(*scripts: str) -> int:
+        path = tmp_path / "script.py"
+        path.write_text(
+            f"import os, signal, sys, time\nrank = int(os.environ['RANK'])\nexec({scripts}[rank])\n"
+        )
+        return launch.launch(str(path), [], len(scripts))
+
+    return start
+
+
+WAITS = "time.sleep(100)"
+LOSES = f"sys.exit({LOST})"
+KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+def test_a_killed_process_ends_the_others(started: Callable):
+    message = "^process 2 of 3 was killed by signal 9 .SIGKILL., perhaps for want of memory$"
+    with pytest.raises(ProcessLost, match=message):
+        started(WAITS, KILLED, LOSES)
+
+
+def test_a_signal_is_named(started: Callable):
+    with pytest.raises(ProcessLost, match="^process 1 of 1 was killed by signal 6 .SIGABRT.$"):
+        started(KILLED.replace("KILL", "ABRT"))
+
+
+def test_a_status_is_that_of_the_process_that_the_others_lost(started: Callable):
+    """Which ends later than they do."""
+    assert started(LOSES, "time.sleep(0.5); sys.exit(2)", LOSES) == 2
+
+
+def test_processes_that_lost_none_that_ended(started: Callable, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch, "_PATIENCE", 0.3)
+    for other in (LOSES, WAITS):
+        with pytest.raises(ProcessLost, match="^process 1 of 2 waited in vain"):
+            started(LOSES, other)
+
+
+def test_a_process_that_ignores_signals_is_ended(
+    started: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(launch, "_PATIENCE", 0.3)
+    ignores = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(100)"
+    assert started(ignores, "time.sleep(0.5); sys.exit(7)") == 7
+
+
+@pytest.mark.slow
+def test_processes_leave_notes_to_their_parent(tmp_path: Path, capfd: pytest.CaptureFixture):
+    script = tmp_path / "script.py"
+    script.write_text("from aal.training.command_line import note\nnote('again')\nprint('done')\n")
+    assert launch.launch(str(script), [], 2) == 0
+    assert capfd.readouterr() == ("done\n" * 2, "")
+
+
+FROZEN = """
+import datetime
+import os
+import signal
+import sys
+
+import torch
+import torch.distributed
+
+from aal.training import command_line
+from aal.training.devices import joined, parse_devices
+
+torch.distributed.distributed_c10d.default_pg_timeout = datetime.timedelta(seconds=2)
+
+
+def main(arguments):
+    with joined(parse_devices(["cpu", "cpu"])) as worker:
+        worker.barrier()
+        if not worker.is_main:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        worker.barrier()
+
+
+sys.exit(command_line.run(main, [], "train.py"))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_waited_for_as_long_as_pytorch_does(
+    tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(launch, "_PATIENCE", 1)
+    script = tmp_path / "script.py"
+    script.write_text(FROZEN)
+    with pytest.raises(ProcessLost, match="^process 1 of 2 waited in vain for another one"):
+        launch.launch(str(script), [], 2)
+    assert capfd.readouterr().err == ""
