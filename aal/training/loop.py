@@ -159,8 +159,7 @@ class Trainer:
         processes = self.worker.gather_objects(own)
         # Of a compressor only the place in its noise: what it learned, it learns again.
         return {
-            "model": self._joined(self._bare_model().state_dict()),
-            "optimizer": self._joined(self.optimizer.state_dict()),
+            **parallel.state_of(self._bare_model(), self.optimizer, self.worker),
             "scaler": self.scaler.state_dict(),
             "rng": [process.pop("rng") for process in processes],
             "step": self.step,
@@ -178,8 +177,7 @@ class Trainer:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a ``state()``; with another number of processes, each draws its own."""
-        self._bare_model().load_state_dict(state["model"])
-        self.optimizer.load_state_dict(parallel.shared_state(state["optimizer"], self.optimizer))
+        parallel.load_state(self._bare_model(), self.optimizer, state)
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         if self.compression:
@@ -330,9 +328,6 @@ class Trainer:
         if self.task.is_even or self.worker.world_size == 1:
             return own * self.worker.world_size
         return int(self.worker.sum(torch.tensor(own, device=self.worker.device)))
-
-    def _joined(self, state: dict[str, Any]) -> dict[str, Any]:
-        return parallel.joined_state(state, keeps=self.worker.is_main)
 
     def _bare_model(self) -> nn.Module:
         """The model without the wrapper for several processes."""

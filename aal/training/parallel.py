@@ -6,13 +6,18 @@ knows of it. Blocks of the network are put together where they are computed.
 
 import argparse
 import contextlib
-import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -146,47 +151,52 @@ def whole(model: nn.Module) -> Iterator[None]:
                 module.set_reshard_after_forward(model.frees_blocks, recurse=False)
 
 
-def joined_state(state: Any, keeps: bool) -> Any:
-    """A state dict with whole tensors on the CPU in place of shares; all processes take part.
+def state_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer, worker: Worker
+) -> dict[str, dict[str, Any]]:
+    """State dicts of both, by names of parameters; the same for any processes of either kind.
+
+    All processes take part. Of several the first gets whole tensors on the CPU, the others get
+    nothing. In one the tensors are those that training goes on with.
 
     Args:
-        state: of the model without the wrapper of DDP, or of its optimiser.
-        keeps: this process wants the tensors; others get None in their place.
+        model: without the wrapper of DDP.
+
+    Returns:
+        What ``torch.distributed.checkpoint.state_dict`` sets "model" and "optimizer" to. An
+        optimiser that keeps nothing has an empty one.
     """
-    if isinstance(state, DTensor):
-        tensor = state.full_tensor()
-        return tensor.detach().cpu() if keeps else None
-    if isinstance(state, dict):
-        other = copy.copy(state)  # with what PyTorch attaches to it
-        other.update((key, joined_state(value, keeps)) for key, value in state.items())
-        return other
+    several = worker.world_size > 1
+    options = StateDictOptions(full_state_dict=several, cpu_offload=several)
+    state = {"model": get_model_state_dict(model, options=options), "optimizer": {}}
+    if optimizer.state:  # without any PyTorch would have it take a step, which Adam counts
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=options)
     return state
 
 
-def shared_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """This process's share of a whole state dict of an optimiser."""
-    groups = optimizer.param_groups
-    parameters = dict(enumerate(parameter for group in groups for parameter in group["params"]))
-    shares = {
-        index: {name: _share(value, parameters[index]) for name, value in values.items()}
-        for index, values in state["state"].items()
-    }
-    return state | {"state": shares}
+def load_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Any]]
+) -> None:
+    """Continue from a ``state_of``, which every process has all of.
+
+    Args:
+        model: without the wrapper of DDP.
+    """
+    if state["optimizer"] and isinstance(model, FSDPModule):
+        # Parameters that have had no gradient have no state.
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+    elif state["optimizer"]:
+        optimizer.load_state_dict(state["optimizer"])
+    model.load_state_dict(state["model"])
 
 
 def _share_weights(model: nn.Module, state: dict[str, Any], *_: Any) -> None:
     """Replace whole tensors by this process's shares, before a state dict is loaded."""
     for name, parameter in model.named_parameters():
-        if name in state:
-            state[name] = _share(state[name], parameter)
-
-
-def _share(value: Any, parameter: Tensor) -> Any:
-    """The share of a tensor that goes with that of a parameter of the same shape."""
-    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor):
-        return value
-    if isinstance(value, DTensor) or value.shape != parameter.shape:
-        return value
-    place = parameter.device_mesh, parameter.placements
-    # Every process has all of it, so that none needs to send anything.
-    return distribute_tensor(value.to(parameter.device), *place, src_data_rank=None)
+        value = state.get(name)
+        if value is None or isinstance(value, DTensor) or value.shape != parameter.shape:
+            continue
+        place = parameter.device_mesh, parameter.placements
+        # Every process has all of it, so that none needs to send anything.
+        state[name] = distribute_tensor(value.to(parameter.device), *place, src_data_rank=None)

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import itertools
 import multiprocessing
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +16,9 @@ import torch
 import torch.distributed as dist
 import transformers
 import vit
+from helpers import assert_same_bits
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import set_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
 from aal.conversion.convert import convert
@@ -72,6 +75,13 @@ EVEN = {
     "bert-asa1": SmallBert,
 }
 COMPRESSORS = ("exact", "actnn", "mesa")
+OPTIMIZERS = {
+    # Rounding errors alone move the biases of keys, and would far with a small epsilon.
+    "adam": partial(torch.optim.Adam, lr=0.01, eps=0.01),
+    "momentum": partial(torch.optim.SGD, lr=0.01, momentum=0.9),
+    "sgd": partial(torch.optim.SGD, lr=0.01),  # which keeps nothing
+}
+BEGUN = list(itertools.product(OPTIMIZERS, (0, 1)))  # by an optimiser, for so many epochs
 
 
 def batches(worker: Worker = ALONE) -> list[tuple[Tensor, Tensor]]:
@@ -89,6 +99,7 @@ def trainer_of(
     kind: str = "ddp",
     worker: Worker = ALONE,
     compressor: str = "none",
+    optimizer: str = "adam",
     **options: Any,
 ) -> Trainer:
     torch.manual_seed(0)
@@ -96,10 +107,9 @@ def trainer_of(
     compress = Compression(compressor).sessions_for(model, 0)
     recorder = IndicatorRecorder(model, worker.rank, worker.world_size)
     model = parallelised(model, kind, worker, frees_blocks=build is not SmallBert)
-    # Rounding errors alone move the biases of keys, and would far with a small epsilon.
-    optimizer = torch.optim.Adam(model.parameters(), 0.01, eps=0.01)
     options = {"recorder": recorder, "compress": compress, "max_grad_norm": 0.5} | options
-    return Trainer(Classification(), model, optimizer, lambda step: 0.01, worker, **options)
+    steps = OPTIMIZERS[optimizer](model.parameters())
+    return Trainer(Classification(), model, steps, lambda step: 0.01, worker, **options)
 
 
 def learned(trainer: Trainer) -> dict[str, Any]:
@@ -136,9 +146,12 @@ def learn_together(rank: int, folder: Path) -> None:
             trainers[compressor] = partial(trainer_of, EVEN["vit-asa4"], compressor=compressor)
         for name, make in trainers.items():
             found[kind, name] = learned(make(kind, worker))
+        for begun, state in torch.load(folder / "begun.pth", weights_only=True).items():
+            trainer = trainer_of(EVEN["vit-asa4"], kind, worker, optimizer=begun[0])
+            trainer.load_state(state)
+            found[kind, "loaded", *begun] = copy.deepcopy(trainer.state())
+            found[kind, "continued", *begun] = learned(trainer)
         trainer = trainer_of(EVEN["vit-asa4"], kind, worker)
-        trainer.load_state(torch.load(folder / "begun.pth", weights_only=True))
-        found[kind, "continued"] = learned(trainer)
         found[kind, "saved"] = trainer.measure_saved_mib(batches(worker))
     if worker.is_main:
         torch.save(found, folder / "found.pth")
@@ -149,8 +162,13 @@ def learn_together(rank: int, folder: Path) -> None:
 def together(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     """What comes of two processes, by kind and name."""
     folder = tmp_path_factory.mktemp("together")
-    begun = learned(trainer_of(EVEN["vit-asa4"]))
-    torch.save(begun["state"], folder / "begun.pth")
+    begun = {}
+    for optimizer, epochs in BEGUN:
+        trainer = trainer_of(EVEN["vit-asa4"], optimizer=optimizer)
+        for _ in range(epochs):
+            learned(trainer)
+        begun[optimizer, epochs] = trainer.state()
+    torch.save(begun, folder / "begun.pth")
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=learn_together, args=(rank, folder)) for rank in range(2)]
     for process in processes:
@@ -160,12 +178,14 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     return torch.load(folder / "found.pth", weights_only=True)
 
 
+def tensors_of(state: dict[str, Any]) -> dict[str, Any]:
+    """Of the model and of its optimiser, by name."""
+    return {"model": dict(state["model"]), "optimizer": state["optimizer"].get("state", {})}
+
+
 def assert_like(actual: dict[str, Any], expected: dict[str, Any]) -> None:
     """All but the random state, to 1e-6."""
-    wanted = ("model", "optimizer", "step")
-    ours, theirs = (
-        run | {"state": {name: run["state"][name] for name in wanted}} for run in (actual, expected)
-    )
+    ours, theirs = (run | {"state": tensors_of(run["state"])} for run in (actual, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
@@ -196,15 +216,33 @@ def test_shares_are_whole_where_memory_is_measured(together: dict):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_state_goes_on_in_any_number_of_processes(together: dict, kind: str):
-    alone = trainer_of(EVEN["vit-asa4"])
-    learned(alone)
+@pytest.mark.parametrize("begun", BEGUN, ids=str)
+def test_a_state_goes_on_in_any_number_of_processes(together: dict, kind: str, begun: tuple):
+    optimizer, epochs = begun
+    alone = trainer_of(EVEN["vit-asa4"], optimizer=optimizer)
+    for _ in range(epochs):
+        learned(alone)
+    state = together[kind, "loaded", *begun]  # from one to two, and back
+    assert_same_bits(tensors_of(state), tensors_of(alone.state()))
     expected = learned(alone)
-    assert_like(together[kind, "continued"], expected)  # from one to two
-    alone = trainer_of(EVEN["vit-asa4"])
-    state = copy.deepcopy(together[kind, "vit-asa4"]["state"])  # which an optimiser would change
-    alone.load_state(state)  # from two to one
+    assert_like(together[kind, "continued", *begun], expected)
+    alone = trainer_of(EVEN["vit-asa4"], optimizer=optimizer)
+    alone.load_state(copy.deepcopy(state))  # which an optimiser would change
     assert_like(learned(alone), expected)
+
+
+def test_pytorch_reads_a_state():
+    """With what it has for states of several processes, which names parameters as we do."""
+    trainer, other = trainer_of(EVEN["vit-asa4"]), trainer_of(EVEN["vit-asa4"])
+    learned(trainer)
+    state = copy.deepcopy(trainer.state())
+    set_state_dict(
+        other.model,
+        other.optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+    )
+    assert_same_bits(tensors_of(other.state()), tensors_of(trainer.state()))
 
 
 def test_weights_of_another_shape_are_refused_by_shares(tmp_path: Path):
