@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import re
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -158,6 +159,8 @@ def joined(devices: Sequence[torch.device]):
     except RuntimeError as error:
         # PyTorch has a class of errors for NCCL and the meeting of processes, but none for gloo.
         if isinstance(error, dist.DistError) or "gloo" in str(error):
+            # Torchrun, which notices too, ends us; we end anyway, but have something to say.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             # Without the line of PyTorch's source before it, and advice behind it.
             reason = re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0]).split(". ")[0]
             raise ProcessLost(f"{trouble} ({reason})") from error
