@@ -1,6 +1,7 @@
 """Signals that ask a run to stop: it does so where its state can be saved."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import threading
@@ -69,12 +70,16 @@ def leave_signals_to_parent(_: int = 0) -> None:
     still ends the process, as PyTorch has it. The argument is the number of the process.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+    if hasattr(signal, "sigtimedwait"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey_parent, daemon=True).start()
 
 
 def _obey_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+    """End when the parent says so or has ended, which PyTorch overlooks while the child starts."""
+    parent = multiprocessing.parent_process().pid
+    while os.getppid() == parent:
+        received = signal.sigtimedwait({signal.SIGTERM}, 1)
+        if received is not None and received.si_pid == parent:
+            break
     os._exit(0)

@@ -62,22 +62,39 @@ def test_an_ignored_signal_stays_ignored():
 
 
 CHILD = """
-import os, signal, sys, time
+import multiprocessing, os, signal, sys, time
 from aal.training.interruption import leave_signals_to_parent
-child = os.fork()
-if not child:
+
+def load():
     leave_signals_to_parent()
     print("ready", flush=True)
     time.sleep(60)
-    os._exit(1)
+
+child = multiprocessing.get_context("fork").Process(target=load)
+child.start()
 sys.stdin.readline()
-print(os.waitpid(child, os.WNOHANG)[0], flush=True)
-os.kill(child, signal.SIGTERM)
-print(os.waitpid(child, 0)[1], flush=True)
+print(child.is_alive(), flush=True)
+child.terminate()
+child.join()
+print(child.exitcode, flush=True)
+"""
+ORPHAN = """
+import multiprocessing, os, time
+from aal.training.interruption import leave_signals_to_parent
+
+def load():
+    while os.getppid() == parent:
+        time.sleep(0.01)
+    leave_signals_to_parent()
+    time.sleep(60)
+
+parent = os.getpid()
+multiprocessing.get_context("fork").Process(target=load).start()
+os._exit(0)
 """
 
 
-@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the system tells no senders")
+@pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="the system tells no senders")
 def test_a_process_that_loads_data_obeys_its_parent_alone():
     command = [sys.executable, "-c", CHILD]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -88,4 +105,12 @@ def test_a_process_that_loads_data_obeys_its_parent_alone():
             os.kill(int(children[0]), number)
             time.sleep(0.1)
         out, _ = parent.communicate("\n", timeout=30)
-        assert out.split() == ["0", "0"]  # still there, then gone in good order
+        assert out.split() == ["True", "0"]  # still there, then gone in good order
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="the system tells no senders")
+def test_a_process_whose_parent_dies_as_it_starts_ends_too():
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", ORPHAN]
+    # Waits for the end of all that could write to the pipe.
+    subprocess.run(command, env=environment, stdout=subprocess.PIPE, timeout=30, check=True)
