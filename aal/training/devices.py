@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from aal.training.command_line import ProcessLost, UserError
+from aal.training.launch import end_with_parent
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,7 @@ def joined(devices: Sequence[torch.device]):
         device = torch.device("cuda", local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    end_with_parent()
     trouble = "cannot join the other processes of the run"
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -5,12 +5,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 
 from aal.training.command_line import LOST, NOTED, ProcessLost
 from aal.training.interruption import SIGNALS, STATUSES, Interruption
 
+_PARENT = "AAL_PARENT"  # in the environment: what cannot be read before the parent has ended
 _PATIENCE = 10  # seconds that processes get to end, once another has failed
 
 
@@ -27,13 +29,15 @@ def launch(script: str, arguments: Sequence[str], count: int) -> int:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = []
+    theirs, ours = os.pipe()
     with Interruption() as interruption:
         for rank in range(count):
             own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count}
             own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, NOTED: 1}
+            own |= {_PARENT: theirs}
             environment = os.environ | {name: str(value) for name, value in own.items()}
             command = [sys.executable, script, *arguments]
-            processes.append(subprocess.Popen(command, env=environment))
+            processes.append(subprocess.Popen(command, env=environment, pass_fds=[theirs]))
         try:
             rank, status = _first_failure(processes, interruption)
             if status in STATUSES:
@@ -45,11 +49,25 @@ def launch(script: str, arguments: Sequence[str], count: int) -> int:
             raise
         finally:
             _end(processes)
+            os.close(ours)
+            os.close(theirs)
         if interruption.signal and (status in STATUSES or -status in SIGNALS):
             return 128 + interruption.signal
     if status < 0 or status == LOST:
         raise ProcessLost(f"process {rank + 1} of {count} {_ending(status)}")
     return status
+
+
+def end_with_parent() -> None:
+    """Stop this process as by SIGTERM when the ``launch`` that started it has been killed."""
+    if _PARENT in os.environ:
+        descriptor = int(os.environ[_PARENT])
+        threading.Thread(target=_end_after, args=(descriptor,), daemon=True).start()
+
+
+def _end_after(descriptor: int) -> None:
+    os.read(descriptor, 1)  # of a pipe whose other end the system closes
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _ending(status: int) -> str:

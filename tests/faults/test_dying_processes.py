@@ -78,9 +78,11 @@ def meanwhile() -> Callable:
     assert not errors
 
 
-def kill_within_epoch(tmp_path: Path, rank: int) -> None:
+def kill_within_epoch(tmp_path: Path, rank: int) -> float:
+    """Returns when it was."""
     until(lambda: list(tmp_path.glob("runs/run/last-1.pth")))
     os.kill(process_of_rank(tmp_path, rank), signal.SIGKILL)
+    return time.monotonic()
 
 
 @pytest.fixture
@@ -103,10 +105,19 @@ def goes_on(train_vit: Callable, tmp_path: Path, stop_at: Callable) -> Callable:
 def test_a_process_that_dies_ends_the_run(
     train_vit: Callable, tmp_path: Path, meanwhile: Callable, goes_on: Callable, rank: int
 ):
-    meanwhile(lambda: kill_within_epoch(tmp_path, rank))
+    killed_at = []
+    meanwhile(lambda: killed_at.append(kill_within_epoch(tmp_path, rank)))
     status, _, err = train_vit(*LONG, "--device", "cpu", "cpu")
+    assert time.monotonic() - killed_at[0] < 60
     assert (status, err) == (1, f"train.py: error: process {rank + 1} of 2 {KILLED}{HINT}")
     goes_on()
+
+
+def words(tiny_imagenet: Path, tmp_path: Path) -> list[str]:
+    """Of a command line: the script and a long run."""
+    found = [ROOT / SCRIPT, "--dataset", "tiny-imagenet", "--data-path", tiny_imagenet, *LONG]
+    found += ["--img-size", 8, *SMALL[SCRIPT].split(), "--batch-size", 6]
+    return [str(word) for word in [*found, "--output", tmp_path / "runs"]]
 
 
 def listens(port: int) -> bool:
@@ -133,15 +144,25 @@ def test_a_process_that_dies_before_it_has_met_the_others(
 
 
 @pytest.mark.slow
+def test_processes_end_with_their_parent(tiny_imagenet: Path, tmp_path: Path, goes_on: Callable):
+    """They would go on, and keep another run out of the folder."""
+    command = [sys.executable, *words(tiny_imagenet, tmp_path), "--device", "cpu", "cpu"]
+    parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    until(lambda: list(tmp_path.glob("runs/run/last-1.pth")))
+    parent.kill()
+    _, err = parent.communicate(timeout=60)  # the end of all that could write to it
+    assert err.startswith("train.py: terminated at step ") and err.count("\n") == 1
+    goes_on()
+
+
+@pytest.mark.slow
 def test_processes_of_torchrun_say_that_one_is_lost(
     tiny_imagenet: Path, tmp_path: Path, meanwhile: Callable, goes_on: Callable
 ):
-    words = ["--dataset", "tiny-imagenet", "--data-path", tiny_imagenet, "--img-size", 8]
-    words += [*SMALL[SCRIPT].split(), "--batch-size", 6, "--output", tmp_path / "runs"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [ROOT / SCRIPT, *words, *LONG, "--device", "cpu"]
+    command += [*words(tiny_imagenet, tmp_path), "--device", "cpu"]
     meanwhile(lambda: kill_within_epoch(tmp_path, 1))
-    done = subprocess.run([str(w) for w in command], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("train.py"))
     assert line.startswith("train.py: error: lost another process of the run (")
