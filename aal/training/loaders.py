@@ -16,6 +16,7 @@ from aal.training.interruption import leave_signals_to_parent
 from aal.training.sampling import Draw, EpochSampler, Seeded, StepSampler
 
 PATIENCE = 600  # seconds without a batch after which the processes are given up
+_RAISED_THERE = "in DataLoader worker process"  # what PyTorch says of errors in the processes
 _MOST_REPLACED = 100  # bad images in a row; with more of them, most of the data set is bad
 
 
@@ -122,7 +123,7 @@ class Batches:
             raise UserError(
                 f"cannot start the data-loading processes ({error}); try fewer --workers"
             ) from error
-        return self._good(loaded)
+        return self._good(_received(loaded))
 
     def _good(self, loaded: Iterator[_Loaded]) -> Iterator[Any]:
         raise NotImplementedError
@@ -229,36 +230,59 @@ def _loader(
     )
 
 
+class _ProcessDied(RuntimeError):
+    """What a data-loading process had to give went with it."""
+
+
+def _received(loaded: Iterator[_Loaded]) -> Iterator[_Loaded]:
+    try:
+        yield from loaded
+    except (OSError, EOFError) as error:
+        if _RAISED_THERE in str(error):
+            raise
+        raise _ProcessDied from error  # PyTorch has not noticed yet
+
+
 @contextlib.contextmanager
 def failures_explained() -> Iterator[None]:
     """Raise ``UserError`` where a data-loading process hangs or dies inside a ``with`` block.
 
-    PyTorch tells of a death as soon as it happens, wherever the main thread is then.
+    PyTorch tells of a death as soon as it notices, wherever the main thread is then.
     """
     try:
         yield
     except RuntimeError as error:
-        text = _explanation(str(error))
+        text = _explanation(error)
         if text is None:
             raise
-        for process in multiprocessing.active_children():  # that hang hear no other signal
-            with contextlib.suppress(RuntimeError):  # PyTorch tells of this death, too
-                process.kill()
-                process.join()
+        _end_processes()
         raise UserError(text) from error
 
 
-def _explanation(message: str) -> str | None:
-    """What the user is told of a failure of data-loading processes, by PyTorch's message."""
+def _explanation(error: RuntimeError) -> str | None:
+    """What the user is told of a failure of data-loading processes."""
+    message = str(error)
     if timeout := re.match(r"DataLoader timed out after (\d+)", message):
         return (
             f"the data-loading processes gave no batch for {timeout[1]} s; "
             "look at the disk, or try fewer --workers"
         )
-    if not re.match(r"DataLoader worker \(pid", message):
-        return None
-    found = re.search(r"killed by signal: ([\w ]+)", message)
-    return (
-        f"a data-loading process {f'was killed ({found[1]})' if found else 'died'}, "
-        "perhaps for want of memory; try fewer --workers"
-    )
+    if isinstance(error, _ProcessDied) or re.match(r"DataLoader worker \(pid", message):
+        found = re.search(r"killed by signal: ([\w ]+)", message)
+        return (
+            f"a data-loading process {f'was killed ({found[1]})' if found else 'died'}, "
+            "perhaps for want of memory; try fewer --workers"
+        )
+    return None
+
+
+def _end_processes() -> None:
+    """End the processes that load data; one that hangs may hear no other signal."""
+    while True:
+        try:
+            for process in multiprocessing.active_children():
+                process.kill()
+                process.join()
+            return
+        except RuntimeError:  # PyTorch tells of the first death, again
+            pass

@@ -1,0 +1,142 @@
+"""Processes that load data and hang, die or cannot be started: a run ends in one line."""
+
+import contextlib
+import errno
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from scripts.conftest import (
+    assert_same_results,
+    call,
+    run_folder,
+    stop_after,
+    tiny_imagenet,
+    train,
+    train_vit,
+)
+from torch.utils.data import Dataset
+
+from aal.training import loaders
+from aal.training.command_line import UserError
+from aal.training.devices import Worker
+from aal.training.saving import Saver
+
+__all__ = ["call", "stop_after", "tiny_imagenet", "train", "train_vit"]  # fixtures
+
+WORDS = ("--workers", 1, "--batch-size", 2, "--epochs", 2, "--save-every", 1, "--get-li")
+FEWER = "try fewer --workers\n"
+
+
+@pytest.fixture
+def kill_loader(monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """Kill the data-loading process after some step, inside a ``with`` block."""
+
+    @contextlib.contextmanager
+    def killed(step: int) -> Iterator[None]:
+        after_step = Saver.after_step
+
+        def kill(self, now):
+            after_step(self, now)
+            if now == step:
+                (process,) = multiprocessing.active_children()
+                os.kill(process.pid, signal.SIGKILL)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Saver, "after_step", kill)
+            yield
+
+    return killed
+
+
+@pytest.fixture
+def whole(train_vit: Callable, tmp_path: Path) -> Path:
+    """The folder of a run that nothing befell."""
+    assert train_vit(*WORDS)[0] == 0
+    return Path(shutil.move(run_folder(tmp_path), tmp_path / "whole"))
+
+
+def assert_goes_on(train_vit: Callable, tmp_path: Path, whole: Path) -> None:
+    status, _, err = train_vit(*WORDS, "--resume")
+    assert (status, err) == (0, "")
+    assert_same_results(run_folder(tmp_path), whole)
+
+
+@pytest.mark.parametrize("step", [1, 8])
+def test_a_run_goes_on_after_a_process_was_killed(
+    train_vit: Callable, kill_loader: Callable, whole: Path, tmp_path: Path, step: int
+):
+    with kill_loader(step):
+        status, _, err = train_vit(*WORDS)
+    told = [
+        f"train.py: error: a data-loading process {died}, perhaps for want of memory; {FEWER}"
+        for died in ("was killed (Killed)", "died")  # as what it had loaded shows first
+    ]
+    assert status == 2 and err in told
+    assert_goes_on(train_vit, tmp_path, whole)
+
+
+def test_a_run_goes_on_after_a_process_hung(
+    train_vit: Callable,
+    stop_after: Callable,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """It waits for a writer of a pipe, as for a disk that does not answer."""
+    pipe, note = tmp_path / "pipe", tmp_path / "note"
+    os.mkfifo(pipe)
+
+    def hang(*_) -> None:
+        note.write_text(str(os.getpid()))
+        pipe.open()
+
+    with stop_after(1):
+        assert train_vit(*WORDS)[0] == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(loaders, "PATIENCE", 1)
+        patch.setattr(Image, "open", hang)
+        status, _, err = train_vit(*WORDS, "--resume")
+    told = "the data-loading processes gave no batch for 1 s; look at the disk, or "
+    assert (status, err) == (2, f"train.py: error: {told}{FEWER}")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(note.read_text()), 0)
+    assert_goes_on(train_vit, tmp_path, whole)
+
+
+def test_other_errors_stay_what_they_are():
+    for error in (RuntimeError("of the network"), OSError("of the disk")):
+        with pytest.raises(type(error), match=str(error)), loaders.failures_explained():
+            raise error
+
+
+class Broken(Dataset):
+    """Items that a mistake of ours keeps from being loaded."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> None:
+        raise OSError("a mistake")
+
+
+def test_a_mistake_in_a_process_is_no_death():
+    loader = loaders.evaluation_loader(Broken(), 2, 1, Worker(torch.device("cpu")))
+    with pytest.raises(OSError, match="a mistake"), loaders.failures_explained():
+        list(loader)
+
+
+def test_processes_that_cannot_be_started_are_told(monkeypatch: pytest.MonkeyPatch):
+    def fork() -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(os, "fork", fork)
+    loader = loaders.evaluation_loader(Broken(), 2, 1, Worker(torch.device("cpu")))
+    with pytest.raises(UserError, match="cannot start the data-loading processes .*try fewer"):
+        list(loader)
