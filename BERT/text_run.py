@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,11 @@ class TextRun(run.Run):
         if not {"model", "function", "tokenizer", "labels", "architecture"} <= set(state):
             raise UserError(f"{path} is no checkpoint of a BERT of this project")
         super().check_checkpoint(path, state)
+
+    def trial_flags(self) -> Sequence[object]:
+        """Texts as long as there may be."""
+        size = () if self.pretrained else ("--vocab-size", self.network_config.vocab_size)
+        return "--pad-to-max-length", *size
 
     def trial_text(self) -> str:
         return f" with texts of {self.train_part.lengths.max()} tokens"

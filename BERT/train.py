@@ -28,7 +28,7 @@ from text_flags import TABLE, USUAL_TEXTS, add_text_flags, check_text_flags, sou
 import aal
 from aal.method import Method
 from aal.rules.weights import load_weights
-from aal.training import command_line, run
+from aal.training import command_line, program, run
 from aal.training.command_line import (
     Parser,
     UserError,
@@ -179,6 +179,11 @@ def recipe(task: str, model: str | None) -> Recipe:
 
 def main(arguments: Sequence[str]) -> int:
     """Train, or score ``--model-path``; returns the exit status."""
+    return program.main(make_run, __file__, arguments)
+
+
+def make_run(arguments: Sequence[str]) -> run.Run:
+    """The run that a command line means; raises ``UserError``."""
     args = parse_args(arguments)
     given, model = vars(args), _model(args)
     usual = {flag: getattr(MODELS[model], field) for flag, field in FIELDS.items()}
@@ -205,7 +210,7 @@ def main(arguments: Sequence[str]) -> int:
     words += run.changes({name: method[name] for name in usual_method}, usual_method)
     words += run.changes(sizes, usual)
     words += run.changes({name: texts[name] for name in USUAL_TEXTS}, USUAL_TEXTS)
-    text_run = _text_run()(
+    return _text_run()(
         args,
         usual_recipe,
         {"task": args.task, **texts, **network, **method},
@@ -216,7 +221,6 @@ def main(arguments: Sequence[str]) -> int:
         architecture,
         partial(aal.convert, rule=args.learning_rule, lean=args.lean, **_rule_options(args)),
     )
-    return run.execute(text_run, __file__, arguments)
 
 
 def _text_run() -> type[run.Run]:

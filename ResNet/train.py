@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from resnet import DEFAULT_ARA_STRIDE, LEAN, MODELS, RULES, ResNet, build, load_weights
 
-from aal.training import command_line, run
+from aal.training import command_line, program
 from aal.training.command_line import UserError, note
 from aal.training.descriptions import Description
 from aal.training.image_recipe import ImageRecipe, add_image_recipe_flags
@@ -102,8 +102,8 @@ def recipe(args: argparse.Namespace) -> ImageRecipe:
     )
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Train, or score ``--model-path``; returns the exit status."""
+def make_run(arguments: Sequence[str]) -> ImageRun:
+    """The run that a command line means; raises ``UserError``."""
     args = parse_args(arguments)
 
     def build_for(images: Description) -> ResNet:
@@ -125,10 +125,12 @@ def main(arguments: Sequence[str]) -> int:
         "learning_rule": "bp or ara" if plain else args.learning_rule,
         "ARA_stride": None if plain else args.ARA_stride,
     }
-    images_run = ImageRun(
-        args, recipe(args), options, function, title(args), load_weights, build_for
-    )
-    return run.execute(images_run, __file__, arguments)
+    return ImageRun(args, recipe(args), options, function, title(args), load_weights, build_for)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train, or score ``--model-path``; returns the exit status."""
+    return program.main(make_run, __file__, arguments)
 
 
 if __name__ == "__main__":

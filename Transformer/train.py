@@ -27,7 +27,7 @@ from torch import nn
 from translation_run import TranslationRun
 
 from aal.feed_forward import ACTIVATIONS
-from aal.training import command_line, run
+from aal.training import command_line, program, run
 from aal.training.command_line import (
     Parser,
     UserError,
@@ -128,7 +128,7 @@ def _note_inert_text_flags(args: argparse.Namespace) -> None:
     inert, where = [INERT[args.tokenizer]], f"under --tokenizer {args.tokenizer}"
     if "model_path" in args:
         inert, where = SETTINGS, "with --model-path"
-    elif args.dry_run and args.tokenizer == "words":
+    elif run.is_dry(args) and args.tokenizer == "words":
         inert = []  # its ids are as many as --vocab-size says
     for name in inert:
         if getattr(args, name) != USUAL_TEXTS[name]:
@@ -193,6 +193,11 @@ def recipe(dataset: str, width: int, warmup_steps: int | None = None) -> Recipe:
 
 def main(arguments: Sequence[str]) -> int:
     """Train, score ``--model-path`` or translate with it; returns the exit status."""
+    return program.main(make_run, __file__, arguments)
+
+
+def make_run(arguments: Sequence[str]) -> TranslationRun:
+    """The run that a command line means; raises ``UserError``."""
     args = parse_args(arguments)
     usual = {flag: getattr(transformer.MODELS[args.model], name) for flag, name in FIELDS.items()}
     sizes = {flag: vars(args).get(flag, value) for flag, value in usual.items()}
@@ -223,7 +228,7 @@ def main(arguments: Sequence[str]) -> int:
     del function["dropout"]
     words = [*where.values(), args.model, *method_words(args)]
     words += [*run.changes(sizes, usual), *run.changes(texts, USUAL_TEXTS)]
-    translation = TranslationRun(
+    return TranslationRun(
         args,
         recipe(args.dataset_name, sizes["hidden"], vars(args).get("warmup_steps")),
         {**where, **texts, **options},
@@ -233,7 +238,6 @@ def main(arguments: Sequence[str]) -> int:
         Settings(*where.values(), **{name: texts[name] for name in SETTINGS}),
         build_for,
     )
-    return run.execute(translation, __file__, arguments)
 
 
 def _model_name(word: str) -> str:

@@ -172,6 +172,9 @@ class TranslationRun(run.Run):
             raise UserError(f"{path} is no checkpoint of a Transformer of this project")
         super().check_checkpoint(path, state)
 
+    def trial_flags(self) -> Sequence[object]:
+        return "--vocab-size", max(self.vocabularies)
+
     def trial_text(self) -> str:
         return f" with {self.data_settings.vocab_size} ids in each language"
 

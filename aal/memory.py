@@ -44,7 +44,44 @@ def saved_bytes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     keeps for itself, outside the graph, is not counted, nor are Python objects other than tensors
     and arrays.
     """
-    return sum(_saved_by_module(function, args, kwargs, lambda: "").values())
+    held, arrays = _held(function, args, kwargs, lambda: "")
+    return sum(entry.num_bytes for entry in held) + arrays
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """A storage that autograd holds, as the first tensor that showed it."""
+
+    module: str  # name of the innermost module that saved it; "" for the model itself
+    kind: str  # of that module
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    num_bytes: int
+
+
+def saved_tensors(
+    model: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> list[SavedTensor]:
+    """List what ``saved_bytes(function, *args, **kwargs)`` counts, the largest first.
+
+    Args:
+        model: whose modules are named; what is saved outside of them counts for the model.
+        function, args, kwargs: as ``saved_bytes``. NumPy arrays are left out.
+    """
+    modules = dict(model.named_modules())
+    with _running_modules(model) as running:
+        held, _ = _held(function, args, kwargs, lambda: running[-1])
+    found = [
+        SavedTensor(
+            entry.module,
+            type(modules[entry.module]).__name__,
+            entry.shape,
+            entry.dtype,
+            entry.num_bytes,
+        )
+        for entry in held
+    ]
+    return sorted(found, key=lambda tensor: -tensor.num_bytes)
 
 
 @dataclass
@@ -155,6 +192,17 @@ def _measure_modules(
     model: nn.Module, inputs: tuple[Any, ...], named_inputs: dict[str, Any]
 ) -> dict[str, int]:
     """Saved bytes by the name of the innermost module that was running."""
+    with _running_modules(model) as running:
+        held, arrays = _held(model, inputs, named_inputs, lambda: running[-1])
+    by_module = {"": arrays} if arrays else {}
+    for entry in held:
+        by_module[entry.module] = by_module.get(entry.module, 0) + entry.num_bytes
+    return by_module
+
+
+@contextlib.contextmanager
+def _running_modules(model: nn.Module) -> Iterator[list[str]]:
+    """The names of the modules that are running inside the ``with`` block, the innermost last."""
     running, handles = [""], []
 
     def leave(*_: Any) -> None:
@@ -168,15 +216,20 @@ def _measure_modules(
         handles.append(module.register_forward_pre_hook(enter))
         handles.append(module.register_forward_hook(leave, always_call=True))
     try:
-        return _saved_by_module(model, inputs, named_inputs, lambda: running[-1])
+        yield running
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _saved_by_module(
+def _held(
     function: Callable[..., Any], args: tuple, kwargs: dict, running: Callable[[], str]
-) -> dict[str, int]:
+) -> tuple[list["_Entry"], int]:
+    """What the graph behind ``function``'s outputs keeps: storages, and bytes of NumPy arrays.
+
+    Args:
+        running: names the module to which a storage belongs.
+    """
     ledger = _Ledger(running)
     for tensor in _tensors((args, kwargs)):
         ledger.exclude(tensor)
@@ -198,11 +251,7 @@ def _saved_by_module(
         gc.collect()
         held += [e for e in entries if e not in held and e.made and e.reference.expired()]
         arrays -= _numpy_bytes()
-    by_module = {"": arrays} if arrays else {}
-    for entry in held:
-        if not entry.excluded:
-            by_module[entry.module] = by_module.get(entry.module, 0) + entry.num_bytes
-    return by_module
+    return [entry for entry in held if not entry.excluded], arrays
 
 
 @dataclass(eq=False)
@@ -212,6 +261,8 @@ class _Entry:
     reference: StorageWeakRef
     module: str
     made: bool
+    shape: tuple[int, ...]  # of the tensor that showed it
+    dtype: torch.dtype
     num_bytes: int = 0
     address: int = 0
     excluded: bool = False
@@ -252,6 +303,7 @@ class _Ledger(TorchDispatchMode):
         if entry is not None:
             if not entry.aliases:
                 entry.module = self.running()
+                entry.shape, entry.dtype = tuple(tensor.shape), tensor.dtype
             entry.aliases.append(weakref.ref(alias))
             entry.excluded |= isinstance(tensor, nn.Parameter)
             entry.excluded |= isinstance(tensor._base, nn.Parameter)
@@ -280,7 +332,8 @@ class _Ledger(TorchDispatchMode):
             return None
         entry = self.entries.get(storage._cdata)
         if entry is None:
-            entry = _Entry(StorageWeakRef(storage), self.running(), made)
+            what = made, tuple(tensor.shape), tensor.dtype
+            entry = _Entry(StorageWeakRef(storage), self.running(), *what)
             self.entries[storage._cdata] = entry
         entry.num_bytes = storage.nbytes()
         if tensor.device.type == "cpu":

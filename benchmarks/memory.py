@@ -14,7 +14,7 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,11 +34,11 @@ from torch.utils._pytree import tree_leaves
 from turns import Failures, Rounds, release_memory, take_turns_within
 
 from aal.memory import MIB, saved_bytes
+from aal.training.batch_size import affordable, largest_batch
 from aal.training.command_line import Parser, UserError, positive_float, run
 
 SETTINGS = (alternative(PLAIN), CHECKPOINT, ASA1_APPROX_FOUR_BIT)
 FIRST_BATCHES = (64, 128)  # memory grows from one to the other as it does to any other batch
-FRACTION = 32  # a batch that a 32nd would be too much for counts as the largest
 WARM_UP = 3  # steps: by then compressors have chosen their bits
 ROUNDS = Rounds(least=1, most=5)
 
@@ -111,28 +111,6 @@ def with_gradients(step: Step) -> None:
     step.after()
 
 
-def largest_batch(fits: Callable[[int], bool], guess: int) -> int:
-    """The largest batch that fits, to one part in ``FRACTION``; 0 if none does.
-
-    Args:
-        fits: tells whether a batch does.
-        guess: where to begin, at least 1.
-    """
-    batch = guess
-    while batch and not fits(batch):
-        batch -= max(batch // FRACTION, 1)
-    if batch == guess:
-        while fits(larger := batch + max(batch // FRACTION, 1)):
-            batch = larger
-    return batch
-
-
-def affordable(batches: Sequence[int], peaks: Sequence[float], limit: float) -> int:
-    """The batch whose peak is ``limit``, on the line through the peaks of two batches."""
-    slope = (peaks[1] - peaks[0]) / (batches[1] - batches[0])
-    return int(batches[0] + (limit - peaks[0]) / slope)
-
-
 def largest_on_gpu(network: Network, step: Step) -> int:
     """The largest batch of a setting. The step is left without one."""
     peaks = []
@@ -152,7 +130,7 @@ def largest_on_gpu(network: Network, step: Step) -> int:
         take_batch(step)  # behind the handler, whose error holds on to tensors
         return has_run
 
-    return largest_batch(fits, max(affordable(FIRST_BATCHES, peaks, limit), 1))
+    return largest_batch(fits, 0, max(affordable(FIRST_BATCHES, peaks, limit), 1))
 
 
 def _runs(network: Network, step: Step, batch: int) -> bool:

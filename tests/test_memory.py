@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from aal import Conv2dABA, Conv2dASA, LinearABA, LinearASA
 from aal.lean import MaxPool2d, PackedReLU
-from aal.memory import report, saved_bytes, stock_bytes
+from aal.memory import SavedTensor, report, saved_bytes, saved_tensors, stock_bytes
 
 IMAGE = (3, 4, 9, 7)
 NUMEL = 3 * 4 * 9 * 7
@@ -381,3 +381,17 @@ def test_outputs_may_be_any_object():
 def test_a_network_without_memory_is_measured_on_the_meta_device():
     layer = LinearASA(64, 8, device="meta")
     assert saved_bytes(layer, torch.empty(32, 64, device="meta")) == 32 * 64 // 8
+
+
+def test_saved_tensors_are_listed_with_their_modules():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Sequential(nn.ReLU(), nn.Linear(3, 2)))
+    x = torch.randn(5, 4)
+
+    def loss(images: torch.Tensor) -> torch.Tensor:
+        return model(images).double().exp().sum()
+
+    found = saved_tensors(model, loss, x)
+    assert sum(tensor.num_bytes for tensor in found) == saved_bytes(loss, x)
+    exponentials, rectified = found
+    assert exponentials == SavedTensor("", "Sequential", (5, 2), torch.float64, 8 * 5 * 2)
+    assert rectified == SavedTensor("1.0", "ReLU", (5, 3), torch.float32, 4 * 5 * 3)

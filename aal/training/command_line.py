@@ -1,10 +1,11 @@
 """Command lines that take dashes or underscores and answer a mistake with one clear line."""
 
 import argparse
+import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 NOTED = "AAL_NOTED"  # in the environment of processes whose parent has made their notes
@@ -120,6 +121,20 @@ def note(text: str) -> None:
     """Tell the user something that stops nothing, on stderr, once for all processes."""
     if is_first() and NOTED not in os.environ:
         _tell(f"train.py: note: {text}")
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Inside the ``with`` block ``note`` says nothing."""
+    before = os.environ.get(NOTED)
+    os.environ[NOTED] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[NOTED]
+        else:
+            os.environ[NOTED] = before
 
 
 def warn(text: str, anywhere: bool = False) -> None:

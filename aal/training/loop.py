@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from aal.compression.report import Report
 from aal.compression.session import Session
 from aal.indicator import IndicatorRecorder
-from aal.memory import MIB, saved_bytes
+from aal.memory import MIB, SavedTensor, saved_bytes, saved_tensors
 from aal.preserved import preserved
 from aal.training import finite, parallel
 from aal.training.command_line import UserError
@@ -77,15 +77,25 @@ class Trainer:
         Takes the first batch of ``loader``, or the first part of it that goes through the network,
         and leaves buffers and random state as they were.
         """
+        with self._trying_out(loader) as forward:
+            self.saved_mib = saved_bytes(forward) / MIB
+        return self.saved_mib
+
+    def saved_tensors(self, loader: Any) -> list[SavedTensor]:
+        """What ``measure_saved_mib`` counts, tensor by tensor, the largest first."""
+        with self._trying_out(loader) as forward:
+            return saved_tensors(self._bare_model(), forward)
+
+    @contextmanager
+    def _trying_out(self, loader: Any) -> Iterator[Callable[[], Any]]:
+        """The loss of the first part of the first batch as a function, which leaves no trace."""
         model, device = self._bare_model().train(), self.worker.device
         with preserved(model), parallel.whole(model), autocast(device, self.amp):
             batch = self.task.on_device(next(iter(loader)), device)
             part = self.task.split(batch, self.accumulation)[0]
             # Another compressor, as that of training learns from forward and backward passes.
             compression = self.compress and self.compress()
-            held = saved_bytes(lambda: self._loss(model, part, compression))
-        self.saved_mib = held / MIB
-        return self.saved_mib
+            yield lambda: self._loss(model, part, compression)
 
     def train_epoch(
         self, loader: Any, title: str, after_step: Callable[[], None] = lambda: None

@@ -3,13 +3,14 @@
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
-from aal.training import image_run, run
+from aal.training import image_run, program, run
 from aal.training.command_line import Parser, note
 from aal.training.descriptions import Description
 from aal.training.image_recipe import ImageRecipe, add_image_recipe_flags
@@ -62,6 +63,11 @@ class Family:
 
 def main(family: Family, script: str, description: str, arguments: Sequence[str]) -> int:
     """Train, or score ``--model-path``; returns the exit status."""
+    return program.main(partial(make_run, family, description), script, arguments)
+
+
+def make_run(family: Family, description: str, arguments: Sequence[str]) -> image_run.ImageRun:
+    """The run that a command line means; raises ``UserError``."""
     args = parse_args(family, description, arguments)
     from_scratch, published = family.recipes.values()
     recipe = from_scratch if args.model == _small(family) else published
@@ -94,8 +100,7 @@ def main(family: Family, script: str, description: str, arguments: Sequence[str]
     words = [args.model, *method_words(args), *(["pretrained"] if args.pretrained else [])]
     title = "_".join([*words, *run.changes(sizes, usual)])
     load_weights = family.module.load_weights
-    images_run = image_run.ImageRun(args, recipe, options, function, title, load_weights, build_for)
-    return run.execute(images_run, script, arguments)
+    return image_run.ImageRun(args, recipe, options, function, title, load_weights, build_for)
 
 
 def parse_args(family: Family, description: str, arguments: Sequence[str]) -> argparse.Namespace:

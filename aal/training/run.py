@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from aal.indicator import IndicatorRecorder
+from aal.memory import SavedTensor
 from aal.training import devices
 from aal.training.command_line import Parser, ProcessLost, UserError, is_first
 from aal.training.compression_flags import add_compression_flags, compression_of
@@ -47,6 +48,13 @@ def add_arguments(parser: Parser) -> None:
     parser.add_switch("--resume", help=help, word="auto")
     parser.add_switch("--checkpoint", help="the old name of --resume", word="auto")
     parser.add_switch("--dry-run", help="two steps on random data; writes nothing")
+    help = "print the largest --batch-size that fits in the device's memory; writes nothing"
+    parser.add_switch("--find-batch-size", help=help)
+
+
+def is_dry(args: argparse.Namespace) -> bool:
+    """Do flags ask for random data and no files?"""
+    return args.dry_run or args.find_batch_size
 
 
 def add_name(parser: Parser) -> None:
@@ -101,6 +109,13 @@ class Run:
             check_installed()
         refuse_together(args, "model_path", "dry_run", "resume")
         refuse_together(args, "dry_run", "resume")
+        refuse_together(args, "find_batch_size", "dry_run", "resume", "model_path")
+        if args.find_batch_size and self.processes > 1:
+            raise UserError(
+                "--find-batch-size tries one device; with several the batch can be as many times "
+                "as large"
+            )
+        args.dry_run = is_dry(args)
         self.folder = None
         if not (args.dry_run or "model_path" in args):
             place = args.output, self.name()
@@ -164,6 +179,10 @@ class Run:
         """What a dry run says of its data behind the number of steps."""
         return ""
 
+    def trial_flags(self) -> Sequence[object]:
+        """Flags with which a dry run needs as much memory as this run."""
+        return ()
+
     def make_model(self) -> None:
         """Build the network from the seed, and load ``--model-path`` into it."""
         devices.seed_everything(self.settings.seed)
@@ -226,6 +245,18 @@ class Run:
                 f"{validation['loss']:.4f}; saved {trainer.saved_mib:.1f} MiB, "
                 f"{_rate(train)}; nothing was written"
             )
+
+    def try_steps(self, worker: Worker) -> str:
+        """Train two steps of a dry run; returns the speed, for people."""
+        self.model.to(worker.device)
+        trainer, loader = self._trainer(worker)
+        return _rate(trainer.train_epoch(loader, "trial"))
+
+    def saved_tensors(self, worker: Worker) -> list[SavedTensor]:
+        """What autograd holds of a batch of a dry run, the largest first."""
+        self.model.to(worker.device)
+        trainer, loader = self._trainer(worker)
+        return trainer.saved_tensors(loader)
 
     def epoch_text(self, row: Mapping[str, Any], title: str) -> str:
         """The metrics of an epoch, for people."""
@@ -293,7 +324,7 @@ def refuse_together(args: argparse.Namespace, first: str, *others: str) -> None:
     """Raise ``UserError`` if the first flag, by its name, is given with one of the others."""
     if vars(args).get(first):
         for name in others:
-            if getattr(args, name):
+            if vars(args).get(name):
                 flags = [f"--{word.replace('_', '-')}" for word in (first, name)]
                 raise UserError(f"{flags[0]} and {flags[1]} exclude each other")
 

@@ -3,12 +3,8 @@
 import pytest
 import torch
 from memory import (
-    FRACTION,
-    affordable,
     bytes_of_graph,
-    largest_batch,
     peak_mib,
-    points_of,
     saved_mib,
 )
 from settings import PLAIN, Step, alternative, vision_transformer
@@ -63,29 +59,3 @@ def test_on_a_gpu_the_peak_covers_what_is_saved():
     assert expected <= saved <= 1.2 * expected + 0.1  # storages are rounded up
     assert saved <= peak_mib(step)
     assert all(parameter.grad is None for parameter in step.model.parameters())
-
-
-@pytest.mark.parametrize("limit", [1, 2, 31, 700, 1000, 1001, 5000])
-@pytest.mark.parametrize("guess", [1, 900, 1100])
-def test_largest_batch_is_found_to_one_part_in_a_few(limit, guess):
-    found = largest_batch(lambda batch: batch <= limit, guess)
-    assert found <= limit < found + max(found // FRACTION, 1) + limit // FRACTION
-
-
-def test_no_batch_fits():
-    assert largest_batch(lambda batch: False, 40) == 0
-
-
-def test_affordable_batch_lies_on_the_line_through_two_peaks():
-    assert affordable((64, 128), (100 + 3 * 64, 100 + 3 * 128), 100 + 3 * 1000) == 1000
-
-
-def test_settings_are_compared_at_batches_that_both_can_train():
-    assert points_of({"plain": 10, "ours": 50, "checkpoint": 60}) == [
-        ("plain", 10),
-        ("ours", 10),
-        ("ours", 50),
-        ("checkpoint", 10),
-        ("checkpoint", 50),
-        ("checkpoint", 60),
-    ]

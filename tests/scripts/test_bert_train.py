@@ -544,7 +544,7 @@ def test_the_flags_are_these(call: Callable):
         --num-layers --head --mlp-hidden --dropout --learning-rule --lean --gcp --asa-scale
         --derivative --name --device --output --output-dir --model-path --get-li --resume
         --compress --compress-level --compress-bits --actnn --mesa --mesa-policy --checkpoint
-        --tensorboard --save-every --keep --parallel --dry-run --epochs --max-epochs --batch-size
-        --gradient-accumulation-steps --lr --learning-rate --warmup-share --warmup-ratio
-        --weight-decay --max-grad-norm --clip-grad --amp --seed""".split()
+        --tensorboard --save-every --keep --parallel --dry-run --find-batch-size --epochs
+        --max-epochs --batch-size --gradient-accumulation-steps --lr --learning-rate
+        --warmup-share --warmup-ratio --weight-decay --max-grad-norm --clip-grad --amp --seed""".split()
     )

@@ -154,7 +154,7 @@ def test_the_flags_are_these(call: Callable):
         --beta1 --beta2 --momentum --off-nesterov --weight-decay --max-grad-norm --clip-grad
         --label-smoothing --test-batch-size --eval-batch-size --amp --device --workers
         --num-workers --seed --output --output-dir --model-path --get-li --resume --checkpoint
-        --dry-run --compress --compress-level --compress-bits --actnn --mesa
+        --dry-run --find-batch-size --compress --compress-level --compress-bits --actnn --mesa
         --mesa-policy --tensorboard --bad-images --save-every --keep --parallel""".split()
     )
 

@@ -348,5 +348,6 @@ def test_the_flags_are_these(call: Callable):
         --learning-rate --epochs --max-epochs --batch-size --train-batch-size --test-batch-size
         --eval-batch-size --amp --device --workers --num-workers --seed --output --output-dir
         --model-path --get-li --tensorboard --bad-images
-        --save-every --keep --parallel --sync-batchnorm --resume --checkpoint --dry-run""".split()
+        --save-every --keep --parallel --sync-batchnorm --resume --checkpoint --dry-run
+        --find-batch-size""".split()
     )

@@ -553,8 +553,8 @@ def test_the_flags_are_these(call: Callable):
         --head --mlp-hidden --activation --dropout --learning-rule --lean --gcp --asa-scale
         --derivative --name --device --output --output-dir --model-path --get-li --resume
         --compress --compress-level --compress-bits --actnn --mesa --mesa-policy --tensorboard
-        --save-every --keep --parallel
-        --checkpoint --dry-run --translate --epochs --num-of-epochs --max-epochs --batch-size --lr
+        --save-every --keep --parallel --checkpoint --dry-run --find-batch-size
+        --translate --epochs --num-of-epochs --max-epochs --batch-size --lr
         --learning-rate --warmup-steps --label-smoothing --max-grad-norm --clip-grad --amp
         --seed""".split()
     )

@@ -129,7 +129,7 @@ def test_the_flags_are_these(call: Callable):
         --train-batch-size --gradient-accumulation-steps --beta1 --beta2 --momentum --weight-decay
         --max-grad-norm --clip-grad --label-smoothing --test-batch-size --eval-batch-size --amp
         --device --workers --num-workers --seed --output --output-dir --model-path --get-li
-        --resume --checkpoint --dry-run --tensorboard
+        --resume --checkpoint --dry-run --find-batch-size --tensorboard
         --bad-images --save-every --keep --parallel --compress --compress-level --compress-bits
         --actnn --mesa --mesa-policy""".split()
     )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from aal.training.classification import Classification
+from aal.training.command_line import UserError
 from aal.training.devices import Worker
 from aal.training.evaluation import evaluate
 from aal.training.loop import Trainer
@@ -184,3 +185,28 @@ def test_scores_are_means_over_units():
     assert found["loss"] == pytest.approx(loss.item(), rel=1e-12)
     assert found["output"] == pytest.approx(outputs.item() / 56, rel=1e-12)
     assert found["words"] == 56
+
+
+class Small(nn.Linear):
+    """Has no memory for more than a few samples, as PyTorch says it on CPU."""
+
+    most, seen = 3, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        if len(x) > self.most:
+            torch.empty(2**62, dtype=torch.int8)
+        self.seen += len(x)
+        return super().forward(x)
+
+
+def test_batches_that_do_not_fit_are_scored_in_parts():
+    loader, model = _loader(17), Small(48, 5).double()
+    found = evaluate(TASK, model, loader, CPU, "off", "one")
+    assert model.seen == 17
+    model.most = 20
+    expected = evaluate(TASK, model, loader, CPU, "off", "one")
+    assert found == pytest.approx(expected, rel=1e-12) and found["samples"] == 17
+    model.most = 0
+    with pytest.raises(UserError, match="out of memory .one., even for one sample"):
+        evaluate(TASK, model, loader, CPU, "off", "one")

@@ -1,0 +1,60 @@
+"""Limits of memory, and how errors of running out of it are known."""
+
+import resource
+
+import pytest
+import torch
+
+from aal.memory import MIB
+from aal.training import memory_limit
+
+CPU = torch.device("cpu")
+
+
+def test_memory_that_is_not_free_is_refused():
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    free = memory_limit.available()
+    with memory_limit.limited():
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        assert 0 < soft != before[0] and hard == before[1]
+        with pytest.raises(RuntimeError) as error:  # the system would promise each of them
+            held = [torch.empty(free // 3, dtype=torch.uint8) for _ in range(4)]
+            assert len(held) < 4
+        assert memory_limit.is_out_of_memory(error.value)
+        torch.empty(MIB)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
+def test_the_limit_of_a_control_group_counts(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(memory_limit, "_GROUP_FOLDER", tmp_path)
+    free = memory_limit.available()
+    (tmp_path / "memory.max").write_text(f"{100 * MIB}\n")
+    (tmp_path / "memory.current").write_text(f"{70 * MIB}\n")
+    (tmp_path / "memory.stat").write_text(f"anon {50 * MIB}\nfile {20 * MIB}\n")
+    assert memory_limit.available() == 50 * MIB
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory_limit.available() > min(free // 2, 51 * MIB)
+
+
+def test_the_peak_is_that_since_it_was_reset():
+    torch.ones(100 * MIB, dtype=torch.uint8)
+    memory_limit.reset_peak(CPU)
+    before = memory_limit.peak(CPU)
+    torch.ones(300 * MIB, dtype=torch.uint8)
+    assert 290 * MIB < memory_limit.peak(CPU) - before < 320 * MIB
+    assert memory_limit.peak(CPU) < memory_limit.limit(CPU)
+
+
+@pytest.mark.parametrize(
+    "error, is_meant",
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_errors_of_memory_are_known(error: Exception, is_meant: bool):
+    assert memory_limit.is_out_of_memory(error) == is_meant
