@@ -546,5 +546,6 @@ def test_the_flags_are_these(call: Callable):
         --compress --compress-level --compress-bits --actnn --mesa --mesa-policy --checkpoint
         --tensorboard --save-every --keep --parallel --dry-run --find-batch-size --epochs
         --max-epochs --batch-size --gradient-accumulation-steps --lr --learning-rate
-        --warmup-share --warmup-ratio --weight-decay --max-grad-norm --clip-grad --amp --seed""".split()
+        --warmup-share --warmup-ratio --weight-decay --max-grad-norm --clip-grad --amp
+        --seed""".split()
     )
