@@ -72,7 +72,7 @@ def _summary(runs: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
     }
     files = [run["indicators"] for run in runs if run["indicators"] is not None]
     if files:
-        values = np.concatenate([np.load(file).ravel() for file in files])
+        values = np.concatenate([np.load(file, allow_pickle=False).ravel() for file in files])
         row["median_learning_indicator"] = round(float(np.nanmedian(values)), 4)
     return row
 
