@@ -30,6 +30,7 @@ bench-cpu: setup
 	$(BIN)/python benchmarks/translation_memory.py
 	$(BIN)/python benchmarks/translation_speed.py
 	$(BIN)/python benchmarks/translation_accuracy.py
+	$(BIN)/python benchmarks/saving_speed.py
 
 # Nine minutes on one GPU. Segments that grow leave no holes between the tensors of many settings.
 bench-gpu: export PYTORCH_ALLOC_CONF = expandable_segments:True

@@ -18,6 +18,8 @@ from aal.training.command_line import Parser, Stopped, positive_int
 from aal.training.devices import Worker
 from aal.training.interruption import Interruption
 
+USUAL_INTERVAL = "15m"
+
 _ASKED = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
@@ -44,7 +46,7 @@ def add_saving_flags(parser: Parser) -> None:
     """Add the flags that say when the state is saved, and how many states stay."""
     help = "optimiser steps (500) or minutes (15m) between saved states, beside those of epochs"
     parser.add_argument(
-        "--save-every", type=interval, metavar="STEPS|MINUTESm", default="15m", help=help
+        "--save-every", type=interval, metavar="STEPS|MINUTESm", default=USUAL_INTERVAL, help=help
     )
     help = "how many of the newest states stay, in case one is damaged"
     parser.add_argument("--keep", type=positive_int, default=2, help=help)
