@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scripts.conftest import ROOT, SMALL, assert_refused, run_folder, weights_of
 
 from aal.training.parallel import KINDS
@@ -50,7 +51,6 @@ def test_processes_of_torchrun_take_over_from_one(
     stop_after: Callable,
     tiny_imagenet: Path,
     tmp_path: Path,
-    figures: dict[str, Any],
     kind: str,
     machines: int,
 ):
@@ -74,12 +74,29 @@ def test_processes_of_torchrun_take_over_from_one(
     ours, theirs = (np.load(place / "run_li.npy") for place in (folder, alone))
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
     ours, theirs = map(weights_of, (folder, alone))
-    print({name: (weights - theirs[name]).abs().max().item() for name, weights in ours.items()})
-    print(max(abs(v).max() for v in ours.values()))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
     status, scored, err = train_vit(*WORDS, "--model-path", folder / "best.pth")
     assert status == 0, err
     assert scored.strip() in out
+
+
+@pytest.mark.slow
+def test_four_processes_write_the_learning_indicators_of_one(
+    train_vit: Callable, tmp_path: Path, figures: dict[str, Any]
+):
+    words = (*WORDS, "--num-layers", 2, "--batch-size", 4, "--epochs", 2)
+    found = []
+    for processes in (["cpu"], ["cpu"] * 4):
+        status, _, err = train_vit(*words, "--device", *processes)
+        assert status == 0, err
+        found.append(np.load(tmp_path / "runs" / "run" / "run_li.npy"))
+        shutil.rmtree(tmp_path / "runs")
+    alone, together = found
+    assert alone.shape[1] >= 8 and np.isfinite(alone).all()
+    np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-6)
+    largest = float(np.abs(together - alone).max())
+    figures["learning indicators of 4 processes"] = {"largest difference": largest}
 
 
 def test_kinds_without_their_needs_are_refused(train: Callable, train_vit: Callable):

@@ -196,6 +196,23 @@ def test_two_processes_learn_as_one(together: dict, kind: str, name: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_losses_and_weights_differ_by_rounding_errors(together: dict, kind: str, figures: dict):
+    losses, weights = [], []
+    for name, build in EVEN.items():
+        ours, theirs = together[kind, name], learned(trainer_of(build))
+        losses += [abs(ours["loss"] - theirs["loss"])]
+        losses += [abs(ours["scores"]["loss"] - theirs["scores"]["loss"])]
+        states = ours["state"]["model"], theirs["state"]["model"]
+        pairs = zip(*(state.values() for state in states), strict=True)
+        weights += [float((one - other).abs().max()) for one, other in pairs]
+    assert max(losses) <= 1e-6 and max(weights) <= 1e-6
+    figures.setdefault("two processes", {})[kind] = {
+        "largest difference of losses": max(losses),
+        "largest difference of weights": max(weights),
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_parts_of_batches_add_up_in_all_processes(together: dict, kind: str):
     assert_like(together[kind, "accumulation"], learned(trainer_of(small_vit, accumulation=2)))
 
