@@ -24,9 +24,11 @@ from aal.training.compression_flags import compression_of
 ROOT = Path(__file__).parent.parent
 CARDS = {path.stem: path.read_text() for path in sorted((ROOT / "docs/methods").glob("*.md"))}
 TUTORIAL = (ROOT / "docs/tutorials/hugging_face.md").read_text()
+LONG_RUNS = (ROOT / "docs/tutorials/long_runs.md").read_text()
 INDEX = (ROOT / "docs/README.md").read_text()
 PAGES = {"methods/" + name: text for name, text in CARDS.items()}
 PAGES |= {"README": INDEX, "tutorials/hugging_face": TUTORIAL}
+TEXTS = PAGES | {"tutorials/long_runs": LONG_RUNS}
 HEADINGS = (
     "What is kept",
     "What is exact",
@@ -42,6 +44,7 @@ OTHERS = {"lean", "gcp"}  # flags that go with a rule
 
 every_card = pytest.mark.parametrize("name", CARDS)
 every_page = pytest.mark.parametrize("name", PAGES)
+every_text = pytest.mark.parametrize("name", TEXTS)
 
 
 def _section(card: str, heading: str) -> str:
@@ -90,10 +93,10 @@ def test_its_command_is_understood_and_has_the_flag(name: str, capsys):
     assert capsys.readouterr() == ("", "")  # no flag does nothing
 
 
-@every_page
+@every_text
 def test_its_links_resolve(name: str):
     folder = (ROOT / "docs" / name).parent
-    links = re.findall(r"\]\(([^)]+)\)", PAGES[name])
+    links = re.findall(r"\]\(([^)]+)\)", TEXTS[name])
     assert links
     assert not [link for link in links if not (folder / link).exists()]
 
@@ -129,11 +132,11 @@ def test_every_option_of_a_compressor_is_on_its_card(name: str):
     assert options.keys() <= dict(_defaults(_section(name, "Defaults")))[path].keys()
 
 
-@every_page
+@every_text
 def test_its_numbers_are_the_recorded_ones(name: str):
     rows = re.findall(
         r"^\| .+ \| (.+) \| \[(\w+)\]\(../../results/(\w+)\.json\): `(.+)` \|$",
-        PAGES[name],
+        TEXTS[name],
         flags=re.MULTILINE,
     )
     for values, label, record, path in rows:
@@ -142,7 +145,7 @@ def test_its_numbers_are_the_recorded_ones(name: str):
         for text, value in zip(values.split(" vs "), recorded, strict=True):
             decimals = len(text.partition(".")[2])
             assert float(text) == pytest.approx(value, abs=0.501 * 10**-decimals), path
-    assert PAGES[name].count("results/") == len(rows)  # no number is quoted in another way
+    assert TEXTS[name].count("results/") == len(rows)  # no number is quoted in another way
 
 
 def _recorded(record: dict, path: str) -> list[float]:
@@ -185,5 +188,14 @@ def test_the_tutorial_runs_and_shows_what_it_prints(
     torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
-def test_the_tutorial_is_in_the_index():
-    assert "](tutorials/hugging_face.md)" in INDEX
+def test_the_tutorials_are_in_the_index():
+    assert "](tutorials/hugging_face.md)" in INDEX and "](tutorials/long_runs.md)" in INDEX
+
+
+def test_the_commands_of_long_runs_are_understood(capsys):
+    commands = [line for block in code_blocks(LONG_RUNS, "sh") for line in block.splitlines()]
+    commands = [line.partition("train.py ")[2] for line in commands if "train.py" in line]
+    family = runpy.run_path(str(ROOT / "ViT/train.py"))["FAMILY"]
+    settings = [patch_network.parse_args(family, "", shlex.split(words)) for words in commands]
+    assert [args.resume for args in settings] == [False, True, False, False]
+    assert capsys.readouterr() == ("", "")
