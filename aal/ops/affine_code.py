@@ -57,9 +57,14 @@ def stochastic_codes(x: Tensor, low: Tensor, step: Tensor, top: int, uniform: Te
     Returns:
         uint8 of the shape of ``x``.
     """
-    position = x - low.float()
+    position = _above(x, low)
     position.div_(torch.where(step > 0, step, 1)).add_(uniform).floor_()
     return position.clamp_(0, top).to(torch.uint8)
+
+
+def _above(x: Tensor, low: Tensor) -> Tensor:
+    """``x - low`` in float32 at least, which an end without dimensions would not bring about."""
+    return (x - torch.atleast_1d(low.float())).view(x.shape)
 
 
 def encode(
@@ -111,7 +116,7 @@ def released_scale(low: Tensor, high: Tensor, top: int, dtype: torch.dtype) -> T
 
 def released_codes(x: Tensor, low: Tensor, scale: Tensor, uniform: Tensor) -> Tensor:
     """Codes of ``x`` as released, modulo 256; products are rounded to the dtype of ``x``."""
-    position = (x - low.float()).mul_(scale).to(x.dtype).float()
+    position = _above(x, low).mul_(scale).to(x.dtype).float()
     position.sub_(uniform).add_(0.5).nan_to_num_(0)
     # The bound is for infinity, whose conversion is undefined; it has the code 0 then.
     return position.clamp_(0, 2**30).round_().int().to(torch.uint8)

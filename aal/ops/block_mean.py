@@ -51,8 +51,8 @@ def quantise_blocks(
     defects that ``affine_code`` lists.
 
     Args:
-        x: (N, C, H, W) float32, bfloat16 or float16. Maps of one value are better kept as they
-            are. A map that holds NaN or infinity is decoded to NaN.
+        x: (N, C, H, W) float32, bfloat16 or float16, of which N alone may be 0. Maps of one value
+            are better kept as they are. A map that holds NaN or infinity is decoded to NaN.
         bits: of a code, 1 to 8.
         noise: element ``i`` of ``x.flatten()`` uses number ``i``.
         block: side of a block, at most.

@@ -6,6 +6,8 @@ from helpers import assert_same_bits
 
 from aal.ops.affine_code import (
     decode_affine,
+    released_codes,
+    released_scale,
     round_down,
     round_up,
     side_numbers,
@@ -56,6 +58,20 @@ def test_codes_are_those_of_the_formula(device):
     assert codes.dtype == torch.uint8
     assert_same_bits(codes.double(), expected)
     assert_same_bits(decode_affine(codes, low, step, torch.float32).double(), expected * 0.25 - 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_ends_may_have_no_dimensions(device, dtype):
+    """Those of one element give the same codes; PyTorch would have them computed in ``dtype``."""
+    x = (torch.randn(100, device=device) * 10).to(dtype)
+    low, step = side_numbers(x.amin(), x.amax(), 255, torch.bfloat16)
+    uniform = torch.rand(100, device=device)
+    codes = stochastic_codes(x, low, step, 255, uniform)
+    assert_same_bits(codes, stochastic_codes(x, low[None], step[None], 255, uniform))
+    scale = released_scale(x.amin(), x.amax(), 255, torch.float32)
+    codes = released_codes(x, low, scale, uniform)
+    assert_same_bits(codes, released_codes(x, low[None], scale[None], uniform))
+    assert stochastic_codes(x[0], low, step, 255, uniform[0]).shape == ()
 
 
 def test_codes_beyond_the_ends_are_clamped(device):
