@@ -131,10 +131,19 @@ class ActNN(Method):
             plan = [max(bits, least) for bits in plan]
         return Rows(_runs(plan, rows), self.faithful)
 
-    def begin_forward(self, session: Session) -> None:
-        self._samples = None
+    def conclude(self, session: Session) -> None:
         if any(look.is_layer for look in self._looks.values()):
             self._allocate()
+
+    def state(self) -> dict[str, Any]:
+        return {"next_look": self._next_look}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._next_look = state["next_look"]
+
+    def begin_forward(self, session: Session) -> None:
+        self._samples = None
+        self.conclude(session)
         self._is_looking = self.level.adaptive and session.forwards >= self._next_look
         if self._is_looking:
             self._next_look = session.forwards + self.interval

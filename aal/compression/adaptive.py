@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from typing import Any
 
 from aal.compression.allocation import allocate_bits
 from aal.compression.codecs import Codec, Groups
@@ -83,10 +84,19 @@ class Adaptive(Method):
         bits = state.get("bits", max(self._first_bits(), least))
         return Groups(bits, self.group, apart=use.relu is not None)
 
-    def begin_forward(self, session: Session) -> None:
+    def conclude(self, session: Session) -> None:
         if self._look is not None and self._look.is_complete:
             self._allocate(session, self._look)
             self._look = None
+
+    def state(self) -> dict[str, Any]:
+        return {"next_look": self._next_look}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._next_look = state["next_look"]
+
+    def begin_forward(self, session: Session) -> None:
+        self.conclude(session)
         self._is_looking = session.forwards >= self._next_look
         if self._is_looking:
             self._next_look = session.forwards + self.interval

@@ -179,6 +179,12 @@ class GACT(Method):
                 self._is_probing = False
         self._steps += 1
 
+    def state(self) -> dict[str, Any]:
+        return {"steps": self._steps}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._steps = state["steps"]
+
     def _adapt(self, session: Session, closure: Callable[[], Any]) -> None:
         sizes, found = dict(self._sizes), []
         for site in sizes:

@@ -97,6 +97,17 @@ class Mesa(Method):
         state = use.handle.site.state
         return Running(shape, groups, settings.level, settings.ema_decay, self.faithful, state)
 
+    def state(self) -> dict[str, Any]:
+        numbers = {tag: list(modules) for tag, modules in self._numbers.items()}
+        return {"heads": self._heads, "numbers": numbers}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._heads = state["heads"]
+        self._numbers = {
+            tag: {module: number for number, module in enumerate(modules)}
+            for tag, modules in state["numbers"].items()
+        }
+
     def mask(self, use: Use) -> Codec | Keep:
         return super().mask(use) if self._settings("relu", use).enable else _NOT_ENABLED
 
@@ -137,8 +148,10 @@ class Running:
     def encode(self, x: Tensor, noise: Noise) -> Encoded:
         size, x = x.size(), x.reshape(self.shape)
         before = self.state.get("ranges")
-        if before is not None and not self._fit(before, x):
-            before = None
+        if before is not None:
+            before = Ranges(*(end.to(x.device) for end in before))
+            if before.low.numel() != self.groups:
+                before = None
         ranges = updated_ranges(x, before, self.groups, self.decay, self.faithful)
         if self.faithful and before is not None:  # what was encoded before has to follow
             for end, now in zip(before, ranges, strict=True):
@@ -152,9 +165,6 @@ class Running:
         size, dtype = meta
         x = decode_heads(HeadCode(*tensors), dtype, self.level, self.faithful)
         return x.reshape(size)
-
-    def _fit(self, ranges: Ranges, x: Tensor) -> bool:
-        return ranges.low.numel() == self.groups and ranges.low.device == x.device
 
 
 def _tag_of(use: Use) -> str | None:

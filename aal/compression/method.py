@@ -130,6 +130,16 @@ class Method:
     def step(self, session: Session, closure: Callable[[], Any] | None) -> None:
         """A training step is over."""
 
+    def conclude(self, session: Session) -> None:
+        """Decide what can be decided from the passes so far, as the next one would begin with."""
+
+    def state(self) -> dict[str, Any]:
+        """What the method remembers beside the state of sites, in plain values."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from a ``state()``."""
+
 
 class Nothing(Method):
     """Plain PyTorch."""

@@ -186,6 +186,23 @@ class Session:
             self.sites.restart()
             self._begin_forward()
 
+    def state(self) -> dict[str, Any]:
+        """What later passes depend on, in plain values and tensors; ask between training steps."""
+        self.method.conclude(self)
+        sites = [
+            [site.module, site.call, site.number, site.plain_state()]
+            for site in self.sites
+            if site.state
+        ]
+        return {"forwards": self.forwards, "sites": sites, "method": self.method.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from a ``state()`` of a session with the same options on the same model."""
+        self.forwards = state["forwards"]
+        for *names, own in state["sites"]:
+            self.sites.at(*names).state = dict(own)
+        self.method.load_state(state["method"])
+
     def report(self) -> Report:
         """What became of each tensor that the last forward pass saved, and why."""
         return Report(list(self._rows.values()))

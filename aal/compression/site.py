@@ -33,6 +33,11 @@ class Site:
     def __post_init__(self) -> None:
         self.identity = zlib.crc32(str(self).encode())
 
+    def plain_state(self) -> dict[str, Any]:
+        """``state`` with lists in place of tuples of any kind."""
+        values = self.state.items()
+        return {name: list(own) if isinstance(own, tuple) else own for name, own in values}
+
     def __str__(self) -> str:
         call = f"@{self.call}" if self.call else ""
         return f"{self.module or '(top)'}{call}[{self.number}]"
@@ -84,9 +89,11 @@ class Sites:
         call = self._running[-1]
         key = (call.module, call.number, call.saved)
         call.saved += 1
-        if key not in self._known:
-            self._known[key] = Site(*key)
-        return self._known[key]
+        return self._known.get(key) or self.at(*key)
+
+    def at(self, module: str, call: int, number: int) -> Site:
+        """The site of these names, which need not have been met."""
+        return self._known.setdefault((module, call, number), Site(module, call, number))
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self._known.values())

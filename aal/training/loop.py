@@ -163,17 +163,18 @@ class Trainer:
         if (name := finite.weights_not_finite(self._bare_model())) is not None:
             raise UserError(f"{name} is not finite after step {self.step}; {_ADVICE}. {_UNTOUCHED}")
         progress, own = self.progress, {"rng": self.random_state()}
+        if self.compression is not None:
+            own["compression"] = self.compression.state()
         if progress is not None:
             own["totals"] = progress.totals.state()
             own["indicators"] = self.recorder.state() if self.recorder else {}
         processes = self.worker.gather_objects(own)
-        # Of a compressor only the place in its noise: what it learned, it learns again.
         return {
             **parallel.state_of(self._bare_model(), self.optimizer, self.worker),
             "scaler": self.scaler.state_dict(),
             "rng": [process.pop("rng") for process in processes],
             "step": self.step,
-            "forwards": self.compression.forwards if self.compression else 0,
+            "compression": [process.pop("compression", None) for process in processes],
             "progress": progress
             and {
                 "title": progress.title,
@@ -190,8 +191,10 @@ class Trainer:
         parallel.load_state(self._bare_model(), self.optimizer, state)
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
-        if self.compression:
-            self.compression.forwards = state["forwards"]
+        if self.compression is not None:
+            compression = state["compression"]
+            is_own = len(compression) == self.worker.world_size
+            self.compression.load_state(compression[self.worker.rank if is_own else 0])
         if state.get("progress") is not None:  # older versions saved states between epochs alone
             self._load_progress(**state["progress"])
         if len(state["rng"]) == self.worker.world_size:

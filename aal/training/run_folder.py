@@ -23,7 +23,7 @@ from aal.training.folder_lock import FolderLock
 from aal.training.states import States
 
 # Of the full state:
-_ONLY_TO_RESUME = ("optimizer", "scaler", "rng", "step", "progress", "forwards")
+_ONLY_TO_RESUME = ("optimizer", "scaler", "rng", "step", "progress", "compression")
 
 
 class RunFolder:

@@ -80,6 +80,13 @@ def test_a_vit_with_everything_that_is_random(goes_on: Callable, train_vit: Call
     goes_on(train_vit, VIT, 2, 4)
 
 
+@pytest.mark.parametrize("method", ["adaptive", "actnn", "gact", "mesa"])
+def test_a_vit_whose_compressor_learns(goes_on: Callable, train_vit: Callable, method: str):
+    words = ("--compress", method, "--learning-rule", "asa1", "--epochs", 3, "--batch-size", 4)
+    words += ("--hidden", 32, "--mlp-hidden", 256, "--get-li")  # large enough to be compressed
+    goes_on(train_vit, words, 2, 4)
+
+
 def test_a_vit_that_counts_steps(goes_on: Callable, train_vit: Callable):
     length = ("--num-steps", 9, "--eval-every", 4, "--batch-size", 6, "--get-li")
     goes_on(train_vit, length, 2, 7)

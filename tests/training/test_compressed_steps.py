@@ -162,7 +162,35 @@ def test_a_state_continues_the_noise(model: nn.Module, loader: DataLoader):
     other.train_epoch(loader, "")
     assert_same_bits(other.state()["model"], whole.state()["model"])
     fresh = trainer_of(model, FourBits())
-    fresh.load_state(state | {"forwards": 0})
+    fresh.load_state(state | {"compression": [state["compression"][0] | {"forwards": 0}]})
+    fresh.train_epoch(loader, "")
+    assert not torch.equal(fresh.state()["model"]["5.weight"], whole.state()["model"]["5.weight"])
+
+
+@pytest.mark.parametrize("method", ["adaptive", "actnn", "gact", "mesa"])
+def test_a_state_continues_what_a_compressor_learned(
+    model: nn.Module, loader: DataLoader, method: str
+):
+    whole = trainer_of(copy.deepcopy(model), method)
+    torch.manual_seed(2)
+    whole.train_epoch(loader, "")
+    whole.end_epoch()
+    state = copy.deepcopy(whole.state())
+    (learned,) = state["compression"]
+    assert any("bits" in own or "ranges" in own for *_, own in learned["sites"])
+    whole.train_epoch(loader, "")
+    other, fresh = trainer_of(copy.deepcopy(model), method), trainer_of(model, method)
+    other.load_state(state)
+    again = other.compression.state()
+    assert again["method"] == learned["method"]
+    for ours, theirs in zip(
+        *(sorted(own["sites"], key=str) for own in (again, learned)), strict=True
+    ):
+        assert str(ours) == str(theirs)
+    other.train_epoch(loader, "")
+    assert_same_bits(other.state()["model"], whole.state()["model"])
+    ignorant = [fresh.compression.state() | {"forwards": learned["forwards"]}]
+    fresh.load_state(state | {"compression": ignorant})
     fresh.train_epoch(loader, "")
     assert not torch.equal(fresh.state()["model"]["5.weight"], whole.state()["model"]["5.weight"])
 
