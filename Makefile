@@ -7,10 +7,11 @@ BIN := .venv/bin
 demo: setup
 	$(BIN)/python benchmarks/demo.py
 
+# A process of tests per core, each of up to two gigabytes.
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 bench-cpu: setup
 	$(BIN)/python benchmarks/resnet_memory.py

@@ -35,6 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--record") and config.getoption("numprocesses", None):
+        raise pytest.UsageError("--record needs one process for all tests")
     # The fixture below asks for deterministic kernels; CUDA has none for some backward passes.
     message = ".*does not have a deterministic implementation.*"
     config.addinivalue_line("filterwarnings", f"ignore:{message}:UserWarning")
