@@ -63,6 +63,19 @@ class Interruption:
             raise StopAtOnce
 
 
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Signals that ask to stop wait for the end of the ``with`` block.
+
+    Processes that are started inside hold them from birth, until ``leave_signals_to_parent``.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def leave_signals_to_parent(_: int = 0) -> None:
     """In a process that loads data: go on when a signal reaches all processes of a group.
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from aal.training.command_line import UserError, warn
 from aal.training.devices import Worker
 from aal.training.image_folders import BadImage
-from aal.training.interruption import leave_signals_to_parent
+from aal.training.interruption import leave_signals_to_parent, signals_held
 from aal.training.sampling import Draw, EpochSampler, Seeded, StepSampler
 
 PATIENCE = 600  # seconds without a batch after which the processes are given up
@@ -118,7 +118,8 @@ class Batches:
             UserError: the processes cannot be started.
         """
         try:
-            loaded = iter(self.loader)
+            with signals_held():
+                loaded = iter(self.loader)
         except OSError as error:
             raise UserError(
                 f"cannot start the data-loading processes ({error}); try fewer --workers"

@@ -21,11 +21,12 @@ from scripts.conftest import (
     train,
     train_vit,
 )
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from aal.training import loaders
 from aal.training.command_line import UserError
 from aal.training.devices import Worker
+from aal.training.interruption import SIGNALS, leave_signals_to_parent
 from aal.training.saving import Saver
 
 __all__ = ["call", "stop_after", "tiny_imagenet", "train", "train_vit"]  # fixtures
@@ -130,6 +131,20 @@ def test_a_mistake_in_a_process_is_no_death():
     loader = loaders.evaluation_loader(Broken(), 2, 1, Worker(torch.device("cpu")))
     with pytest.raises(OSError, match="a mistake"), loaders.failures_explained():
         list(loader)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="the system tells no senders")
+def test_signals_to_a_group_leave_processes_alone_that_start(monkeypatch: pytest.MonkeyPatch):
+    def signalled(number: int) -> None:
+        for each in SIGNALS:
+            os.kill(os.getpid(), each)
+        leave_signals_to_parent(number)
+
+    monkeypatch.setattr(loaders, "leave_signals_to_parent", signalled)
+    part, worker = TensorDataset(torch.arange(4)), Worker(torch.device("cpu"))
+    batches = list(loaders.evaluation_loader(part, 2, 1, worker))
+    assert [batch.tolist() for (batch,) in batches] == [[0, 1], [2, 3]]
+    assert not set(SIGNALS) & signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_processes_that_cannot_be_started_are_told(monkeypatch: pytest.MonkeyPatch):
