@@ -13,6 +13,7 @@ from aal.training.command_line import UserError, warn
 from aal.training.devices import Worker
 from aal.training.image_folders import BadImage
 from aal.training.interruption import leave_signals_to_parent, signals_held
+from aal.training.memory_limit import is_out_of_memory
 from aal.training.sampling import Draw, EpochSampler, Seeded, StepSampler
 
 PATIENCE = 600  # seconds without a batch after which the processes are given up
@@ -124,7 +125,7 @@ class Batches:
             raise UserError(
                 f"cannot start the data-loading processes ({error}); try fewer --workers"
             ) from error
-        return self._good(_received(loaded))
+        return self._good(_received(loaded) if self.loader.num_workers else loaded)
 
     def _good(self, loaded: Iterator[_Loaded]) -> Iterator[Any]:
         raise NotImplementedError
@@ -236,10 +237,16 @@ class _ProcessDied(RuntimeError):
 
 
 def _received(loaded: Iterator[_Loaded]) -> Iterator[_Loaded]:
+    """What processes have loaded; says what their errors mean."""
     try:
         yield from loaded
-    except (OSError, EOFError) as error:
-        if _RAISED_THERE in str(error):
+    except (OSError, EOFError, MemoryError, RuntimeError) as error:
+        was_raised_there = _RAISED_THERE in str(error)
+        if was_raised_there and is_out_of_memory(error):
+            raise UserError(
+                "a data-loading process ran out of memory; try fewer --workers"
+            ) from error
+        if was_raised_there or not isinstance(error, OSError | EOFError):
             raise
         raise _ProcessDied from error  # PyTorch has not noticed yet
 

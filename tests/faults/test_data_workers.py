@@ -118,19 +118,44 @@ def test_other_errors_stay_what_they_are():
 
 
 class Broken(Dataset):
-    """Items that a mistake of ours keeps from being loaded."""
+    """Items that cannot be loaded."""
+
+    def __init__(self, load: Callable[[], None]):
+        self.load = load
 
     def __len__(self) -> int:
         return 4
 
     def __getitem__(self, index: int) -> None:
-        raise OSError("a mistake")
+        self.load()
 
 
-def test_a_mistake_in_a_process_is_no_death():
-    loader = loaders.evaluation_loader(Broken(), 2, 1, Worker(torch.device("cpu")))
+def a_mistake() -> None:
+    raise OSError("a mistake")
+
+
+def too_large_a_tensor() -> None:
+    torch.empty(2**60)
+
+
+def too_large_a_list() -> None:
+    raise MemoryError  # as Python does
+
+
+def loader_of(load: Callable[[], None], workers: int) -> loaders.Batches:
+    return loaders.evaluation_loader(Broken(load), 2, workers, Worker(torch.device("cpu")))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mistake_is_no_death(workers: int):
     with pytest.raises(OSError, match="a mistake"), loaders.failures_explained():
-        list(loader)
+        list(loader_of(a_mistake, workers))
+
+
+@pytest.mark.parametrize("load", [too_large_a_tensor, too_large_a_list])
+def test_a_process_out_of_memory_is_told(load: Callable[[], None]):
+    with pytest.raises(UserError, match="a data-loading process ran out of memory; try fewer"):
+        list(loader_of(load, 1))
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="the system tells no senders")
@@ -152,6 +177,5 @@ def test_processes_that_cannot_be_started_are_told(monkeypatch: pytest.MonkeyPat
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     monkeypatch.setattr(os, "fork", fork)
-    loader = loaders.evaluation_loader(Broken(), 2, 1, Worker(torch.device("cpu")))
     with pytest.raises(UserError, match="cannot start the data-loading processes .*try fewer"):
-        list(loader)
+        list(loader_of(a_mistake, 1))
