@@ -14,30 +14,47 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from scripts.conftest import ROOT, SMALL, SMALL_TRANSFORMER, texts, tiny_imagenet
+from scripts.conftest import (
+    ROOT,
+    SMALL,
+    SMALL_BERT,
+    SMALL_TRANSFORMER,
+    glue,
+    texts,
+    tiny_imagenet,
+)
+from scripts.test_bert_train import published
 
 from aal.training.command_line import Parser
 
-__all__ = ["texts", "tiny_imagenet"]  # fixtures
+__all__ = ["glue", "published", "texts", "tiny_imagenet"]  # fixtures
 
 BASES = {
     "ResNet/train.py": "--model resnet18 --batch-size 2",
     "ViT/train.py": f"{SMALL['ViT/train.py']} --img-size 8 --batch-size 6",
     "MLP-Mixer/train.py": f"{SMALL['MLP-Mixer/train.py']} --img-size 8 --batch-size 6",
     "Transformer/train.py": f"{SMALL_TRANSFORMER} --batch-size 120 --vocab-size 20 --min-freq 1",
+    "BERT/train.py": f"{SMALL_BERT} --batch-size 12 --vocab-size 100",
 }
+# Fixtures with what a script reads.
+DATA = dict.fromkeys(BASES, "tiny_imagenet")
+DATA |= {"Transformer/train.py": "texts", "BERT/train.py": "glue"}
 # How many lines each script gets, some of them twice: most where a run is quickest.
 LINES = {
-    "ResNet/train.py": 240,
-    "ViT/train.py": 1400,
-    "MLP-Mixer/train.py": 620,
+    "ResNet/train.py": 200,
+    "ViT/train.py": 650,
+    "MLP-Mixer/train.py": 560,
     "Transformer/train.py": 300,
+    "BERT/train.py": 700,
 }
 DISTINCT = 2000  # of all lines together, at least
 IMAGES = ("tiny-imagenet", "imagenet")  # which are never downloaded
+NEAR = {"dataset": IMAGES, "task": ("mrpc", "mnli", "tsv")}  # data that is there, and little
+TABLE = ("--text-columns", "first", "second", "--label-column", "label")
 # Values that a script takes and that keep a run small, by the flag's place among the arguments.
 TAKEN = {
     "epochs": ["1", "2"],
@@ -64,7 +81,7 @@ TAKEN = {
     "ARA_stride": ["2 2 2 2", "1 9 1 1", "2 2"],
     "lr": ["0.01", "1e30", "1e-30"],
     **dict.fromkeys(("min_lr", "weight_decay", "max_grad_norm"), ["0", "1e-5", "1e30"]),
-    **dict.fromkeys(("gamma", "cutmix_prob"), ["0", "0.5", "1"]),
+    **dict.fromkeys(("gamma", "cutmix_prob", "warmup_share"), ["0", "0.5", "1"]),
     "cutmix_beta": ["1e-5", "1", "1e30"],
     **dict.fromkeys(("beta1", "beta2", "momentum", "dropout", "label_smoothing"), ["0", "0.5"]),
     "device": ["cpu"],
@@ -72,7 +89,9 @@ TAKEN = {
     "compress_bits": ["1", "2", "3.5", "8"],
     "output": ["here", "here/below"],
     "name": ["small", "ä", "two words"],
-    "model": ["resnet18", "vit", "mlp_mixer", "small"],
+    "model": ["resnet18", "vit", "mlp_mixer", "small", "bert-base"],
+    "text_columns": ["first", "first second", "second label", "first second third"],
+    "label_column": ["label", "first"],
 }
 ODD = ["", "0", "-1", "nan", "inf", "-inf", "1e400", "1e-400", "0.5", "9" * 40, str(2**62)]
 ODD += ["1_0", "0x10", "\u0663", "True", "no", "None", "x", "two words", "line\nend", "ä", "\udcff"]
@@ -80,6 +99,7 @@ ODD += ["..", "../nowhere", "/dev/null", "/proc/nowhere/x", "x" * 300, "%s", "{}
 SLOW = {"ResNet/train.py": {"compress": {"gact"}, "dataset": {"imagenet"}}}  # takes seconds
 LENGTHS = {"epochs", "num_steps"}
 NEVER = {"dry_run", "dataset_name"}  # which lines have at their ends
+ENDLESS = {"find_batch_size"}  # fills the memory, unless it is refused beside another flag
 
 
 def run(script: str, words: Sequence[str]) -> tuple[int, str, str]:
@@ -147,11 +167,11 @@ def flags(
     taken = [word for word in taken if word not in SLOW.get(script, {}).get(action.dest, ())]
     if action.dest in TAKEN:
         taken = TAKEN[action.dest]
-    elif action.dest == "dataset" and not is_dry:
-        taken = list(IMAGES)
+    elif action.dest in NEAR and not is_dry:
+        taken = list(NEAR[action.dest])
     elif action.nargs == "?":
         taken = ["True", "false"]
-    elif action.type is Path:
+    elif action.type is Path or action.dest == "pretrained":
         taken = list(map(str, files.values()))
     odd = [text for text in ODD if is_refused_or_small(text, action.dest, is_dry)]
     value = draw(st.sampled_from(taken if taken and kind < 13 else odd))
@@ -165,7 +185,19 @@ def base(script: str, data: Path) -> list[str]:
     words = [*BASES[script].split(), "--device", "cpu", "--epochs", "1", "--data-path", str(data)]
     if script == "Transformer/train.py":
         return [*words, "--dataset-name", "parallel"]
+    if script == "BERT/train.py":
+        return [*words, "--task", "mrpc"]
     return [*words, "--dataset", IMAGES[0], "--workers", "0"]
+
+
+def other_texts_and_networks(words: list[str], files: Mapping) -> list[list[str]]:
+    """BERT's words for a table of texts, and for a published network, which tells its sizes."""
+    table, network = str(files["table"]), str(files["published"])
+    without_sizes = words[len(SMALL_BERT.split()) :]
+    return [
+        [*words, "--task", "tsv", "--train-file", table, "--test-file", table, *TABLE],
+        [*without_sizes, "--pretrained", network],
+    ]
 
 
 @st.composite
@@ -177,8 +209,12 @@ def lines(
     if script == "ResNet/train.py" and goal in ("train", "resume"):
         goal = "try"  # its checkpoints are large
     words = base(script, data)
+    if script == "BERT/train.py":
+        words = draw(st.sampled_from([words, *other_texts_and_networks(words, files)]))
     if goal == "try" and "--dataset" in words:
         words += ["--dataset", "cifar10"]  # which is never read, and whose images are small
+    if goal == "train":
+        actions = [action for action in actions if action.dest not in ENDLESS]
     several = st.lists(flags(script, actions, files, goal == "try"), min_size=1, max_size=6)
     words += [word for part in draw(several) for word in part]
     if goal == "try":
@@ -191,21 +227,34 @@ def lines(
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> dict[str, Path]:
+def files(tmp_path: Path, published: Path) -> dict[str, Path]:
     """Paths that are no checkpoints, and a place for one that is."""
-    found = {name: tmp_path / name for name in ("text", "empty", "folder", "missing", "half")}
+    names = ("text", "empty", "folder", "missing", "half", "table")
+    found = {name: tmp_path / name for name in names} | {"published": published}
     found["text"].write_text("some words\n")
+    rows = "".join(f"{n % 2}\tword {n}\tother {n}\n" for n in range(20))
+    found["table"].write_text(f"label\tfirst\tsecond\n{rows}")
     found["empty"].touch()
     found["folder"].mkdir()
     return found
 
 
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of networks are not looked up."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", BASES)
 def test_every_line_ends_in_a_run_or_in_one_clear_line(
-    script: str, files: dict[str, Path], tiny_imagenet: Path, texts: Path, tmp_path: Path
+    script: str,
+    files: dict[str, Path],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    figures: dict[str, Any],
 ):
-    data = texts if script == "Transformer/train.py" else tiny_imagenet
+    data = request.getfixturevalue(DATA[script])
     actions = actions_of(script)
     actions = [action for action in actions if action.dest not in NEVER]
     place = tmp_path / "place" / "of the run"  # so that ".." is emptied too
@@ -215,6 +264,7 @@ def test_every_line_ends_in_a_run_or_in_one_clear_line(
     (folder,) = made.iterdir()
     files["best"] = folder / "best.pth"
     files["half"].write_bytes(files["best"].read_bytes()[:1000])
+    drawn = 0
 
     @settings(
         max_examples=LINES[script],
@@ -226,6 +276,8 @@ def test_every_line_ends_in_a_run_or_in_one_clear_line(
     )
     @given(words=lines(script, actions, files, data))
     def check(words: list[str]) -> None:
+        nonlocal drawn
+        drawn += 1
         if tuple(words) in seen:
             return
         shutil.rmtree(place.parent, ignore_errors=True)
@@ -243,6 +295,10 @@ def test_every_line_ends_in_a_run_or_in_one_clear_line(
     assert len(seen) >= LINES[script] * DISTINCT / sum(LINES.values())
     finished = list(seen.values()).count(0)
     assert 30 <= finished <= len(seen) - 30
+    counts = {"lines": drawn, "distinct": len(seen), "runs": finished}
+    counts |= {"refused": len(seen) - finished, "tracebacks": 0}  # of which the first ends the test
+    before = figures.setdefault("fuzzed command lines", dict.fromkeys(counts, 0))
+    before.update((name, count + before[name]) for name, count in counts.items())
 
 
 FOUND = {
