@@ -28,7 +28,7 @@ def marked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(MARK, str(tmp_path))
 
 
-def until(condition: Callable, seconds: float = 60):
+def until(condition: Callable, seconds: float = 100):
     """Wait for something that is true, and return it."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
@@ -91,12 +91,12 @@ def goes_on(train_vit: Callable, tmp_path: Path, stop_at: Callable) -> Callable:
 
     def check() -> None:
         step = torch.load(run_folder(tmp_path) / "last.pth", weights_only=True)["step"]
-        next = step + 1 + step % 2  # not at the end of an epoch of two
-        with stop_at(next):
+        stop = step + 1 + step % 2  # not at the end of an epoch of two
+        with stop_at(stop):
             status, _, err = train_vit(*LONG, "--workers", 0, "--resume")
-        hint = f"train.py: terminated at step {next}; --resume continues there\n"
+        hint = f"train.py: terminated at step {stop}; --resume continues there\n"
         assert (status, err) == (143, hint)
-        until(lambda: not processes_of_run(tmp_path))
+        until(lambda: not processes_of_run(tmp_path), seconds=60)
 
     return check
 
@@ -141,7 +141,7 @@ def test_a_process_that_dies_before_it_has_met_the_others(
     meanwhile(kill)
     status, _, err = train_vit(*LONG, "--device", "cpu", "cpu")
     assert (status, err) == (1, f"train.py: error: process 2 of 2 {KILLED}\n")
-    until(lambda: not processes_of_run(tmp_path))
+    until(lambda: not processes_of_run(tmp_path), seconds=60)
 
 
 @pytest.mark.slow

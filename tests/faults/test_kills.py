@@ -83,13 +83,13 @@ def test_runs_killed_at_any_moment_come_to_the_same_end(
         arguments = [*words, "--output", str(output)], tmp_path / "errors", theirs
         process = processes.Process(target=train, args=arguments)
         process.start()
-        assert ours.poll(60)
+        assert ours.poll(100)
         return process
 
     def finish(output: Path) -> float:
         """Run to the end; returns seconds."""
         process, begin = start(output), time.perf_counter()
-        process.join(60)
+        process.join(100)
         assert process.exitcode == 0, (tmp_path / "errors").read_text()
         return time.perf_counter() - begin
 
