@@ -11,7 +11,9 @@ from aal.training import memory_limit
 CPU = torch.device("cpu")
 
 
-def test_memory_that_is_not_free_is_refused():
+def test_memory_that_is_not_free_is_refused(monkeypatch: pytest.MonkeyPatch):
+    # What other processes need meanwhile is not taken, only asked for.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     before = resource.getrlimit(resource.RLIMIT_DATA)
     free = memory_limit.available()
     with memory_limit.limited():
