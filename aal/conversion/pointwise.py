@@ -160,13 +160,37 @@ class CodedModule(Converted):
         own = _Own(self.function, self) if is_composite else Activation(self.function)
         y, code = function_coded(x, own, table_of(own, self.derivative))
         if getattr(self, "inplace", False):
-            y = x.copy_(y)  # whoever holds x has y now
+            y = _overwritten(x, y)
         steps = ()
         if note.base is not None:
             steps = (*note.steps, Step(*twin_of(self)))
         if note.base is not None or code is not None:
             write_note(y, Note(note.base, steps, code))
         return y
+
+
+class _OverwriteFunction(torch.autograd.Function):
+    """``x.copy_(y)`` that has no gradient for what x was before.
+
+    PyTorch's has zeros, in rows. They are summed with the gradient for y, and bring that of a
+    channels-last x into rows, in which a batch norm sums in another order.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x.copy_(y)
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor) -> tuple[None, Tensor]:
+        return None, grad_output
+
+
+def _overwritten(x: Tensor, y: Tensor) -> Tensor:
+    """``x`` with the values and the history of ``y``: whoever holds x has y now."""
+    if torch.compiler.is_compiling():
+        return x.copy_(y)
+    return _OverwriteFunction.apply(x, y)
 
 
 class _Own(NamedTuple):
@@ -190,7 +214,7 @@ class PackedDropout(Converted):
         note = note_of(x)
         y, packed = dropout_packed(x, self.p)
         if self.inplace:
-            y = x.copy_(y)  # whoever holds x has y now
+            y = _overwritten(x, y)
         base, steps, code = None, (), None
         if note.base is not None:
             again = functools.partial(_dropout_again, probability=self.p)

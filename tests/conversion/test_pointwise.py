@@ -265,3 +265,22 @@ def test_frozen_norms_and_inputs_without_gradient():
     torch.testing.assert_close(*results)
     with torch.no_grad():
         assert not model(x).requires_grad and not F.relu(model(x)).requires_grad
+
+
+def test_what_writes_in_place_leaves_gradients_channels_last():
+    """Of other strides a batch norm sums in another order."""
+    model, stock = pair(nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1))
+    aal.convert(model, "bp", lean="exact")
+    x = torch.randn(8, 4, 9, 7).contiguous(memory_format=torch.channels_last).requires_grad_()
+    assert_same_bits(gradients(model, x), gradients(stock, x))
+
+
+@pytest.mark.parametrize("layer", [nn.ReLU(inplace=True), nn.Dropout(0.5, inplace=True)])
+def test_whoever_holds_what_is_written_in_place_has_its_history(layer):
+    model = aal.convert(nn.Sequential(nn.LayerNorm(6), layer), "bp", lean="exact")
+    x = torch.randn(5, 6, requires_grad=True)
+    y = x * 2
+    assert model[1](y) is y
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert_same_bits(y, grad * x)  # both functions are lines through the origin
+    assert (grad == 0).any() and (grad != 0).any()
