@@ -384,7 +384,10 @@ def cases(draw: Callable, dtypes: Sequence[torch.dtype]) -> tuple[nn.Module, Ten
         shape = [*draw(st.lists(st.integers(0, 5), max_size=3)), width]
     else:
         shape = [draw(st.integers(2, 3)), width, *draw(st.tuples(*[st.integers(1, 6)] * 2))]
-    x = draw(st.sampled_from(VIEWS))(torch.randn(shape, dtype=dtype))
+    # Gradients of maps in neither memory format may get other strides, for which PyTorch's GELU has
+    # another loop, that rounds otherwise.
+    views = [view for view in VIEWS if kind == "linear" or view is not transposed]
+    x = draw(st.sampled_from(views))(torch.randn(shape, dtype=dtype))
     return model, x
 
 
