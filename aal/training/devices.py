@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from aal.training.command_line import ProcessLost, UserError
+from aal.training.command_line import NOTED, ProcessLost, UserError
 from aal.training.launch import end_with_parent
 
 
@@ -161,8 +161,9 @@ def joined(devices: Sequence[torch.device]):
     except RuntimeError as error:
         # PyTorch has a class of errors for NCCL and the meeting of processes, but none for gloo.
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            # Torchrun, which notices too, ends us; we end anyway, but have something to say.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            if NOTED not in os.environ:  # else the parent tells
+                # Torchrun, which notices too, ends us; we end anyway, but have something to say.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
             # Without the line of PyTorch's source before it, and advice behind it.
             reason = re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0]).split(". ")[0]
             raise ProcessLost(f"{trouble} ({reason})") from error
