@@ -12,7 +12,7 @@ import torch
 from resnet import build, load_weights
 from scripts.conftest import assert_same_results, files_of, flags_of, run_folder
 
-from aal.training import data
+from aal.training import data, loaders
 from aal.training.classification import Classification
 from aal.training.devices import Worker
 from aal.training.evaluation import evaluate
@@ -184,7 +184,7 @@ def test_two_processes_train_together(train: Callable, tmp_path: Path, tiny_imag
     state = torch.load(folder / "last.pth", weights_only=True)
     load_weights(network, state["model"])
     validation = data.load("tiny-imagenet", tiny_imagenet).validation
-    loader = data.evaluation_loader(validation, 8, 0, Worker(torch.device("cpu")))
+    loader = loaders.evaluation_loader(validation, 8, 0, Worker(torch.device("cpu")))
     scored = evaluate(Classification(), network, loader, Worker(torch.device("cpu")), "off", "")
     assert scored["loss"] == pytest.approx(row["val_loss"], rel=1e-5)
     # and each process can continue with its own random numbers
