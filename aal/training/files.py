@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aal.training.command_line import UserError
 
+PART = ".part"  # ends the names of files that are not whole yet
 _CHECKSUM = "checksum"  # in a checkpoint, of all the rest
 
 
@@ -29,7 +30,7 @@ def write_whole(
         UserError: the disk is full or not writable; what was at ``path`` is untouched.
     """
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
         try:
             with os.fdopen(handle, "wb") as file:
                 write(file)
@@ -47,7 +48,7 @@ def write_whole(
 
 def remove_leftovers(folder: Path, names: Collection[str]) -> None:
     """Remove what ``write_whole`` left of files of these names when its process was killed."""
-    for path in folder.iterdir():
+    for path in folder.glob(f".*{PART}"):
         if any(path.name.startswith(f".{name}.") for name in names):
             path.unlink(missing_ok=True)
 

@@ -84,7 +84,7 @@ class RunFolder:
             raise UserError(f"{self.path} already holds other files; --output names another place")
         if self.path.exists():
             self._lock = FolderLock(self.path)
-            remove_leftovers(self.path, {*self._own_files, *files, "last.pth"})
+            remove_leftovers(self.path, {*self._own_files, "last.pth", "test.json"})
 
     def release(self) -> None:
         """Let another run work in the folder."""

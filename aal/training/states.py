@@ -1,11 +1,12 @@
 """The full states of a run: the newest, and those before it in case it is damaged."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from aal.training.command_line import UserError, warn
-from aal.training.files import read_checkpoint, write_checkpoint
+from aal.training.files import PART, read_checkpoint, write_checkpoint
 
 
 class States:
@@ -61,9 +62,9 @@ class States:
             path.unlink(missing_ok=True)
         self._damaged = []
         if self.newest.exists():
-            for number in range(self.keep - 1, 1, -1):
-                if self._path(number - 1).exists():
-                    os.replace(self._path(number - 1), self._path(number))
+            for path in reversed(self.paths()):
+                if 0 < (number := self._number(path)) < self.keep - 1:
+                    os.replace(path, self._path(number + 1))
             if self.keep > 1:
                 self._give_second_name(self.newest, self._path(1))
         for path in self.paths():
@@ -71,7 +72,7 @@ class States:
                 path.unlink()
 
     def _give_second_name(self, path: Path, name: Path) -> None:
-        link = self.folder / f".{name.name}.link"
+        link = self.folder / f".{path.name}.link{PART}"
         try:
             link.unlink(missing_ok=True)
             link.hardlink_to(path)
@@ -87,5 +88,5 @@ class States:
         """How many newer states there are; None of a file with another name."""
         if path == self.newest:
             return 0
-        number = path.stem.removeprefix("last-")
-        return int(number) if number.isdecimal() and number.isascii() else None
+        found = re.fullmatch(r"last-([1-9][0-9]*)\.pth", path.name)
+        return int(found[1]) if found else None

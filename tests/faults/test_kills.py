@@ -21,6 +21,7 @@ from scripts.conftest import ROOT, SMALL, assert_same_results, tiny_imagenet
 from tqdm import tqdm
 
 from aal.compression.compress import METHODS
+from aal.training.files import PART
 
 __all__ = ["tiny_imagenet"]  # a fixture
 
@@ -60,7 +61,7 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def moment(folder: Path) -> str:
     """What a killed run was doing, by what it left."""
-    if {path.name for path in folder.glob(".*")} - {".lock"}:
+    if list(folder.glob(f".*{PART}")):
         return "while a file was written"
     if not (folder / "last.pth").exists():
         return "before the first state"

@@ -338,3 +338,18 @@ def test_rows_stay_right(train_vit: Callable, tmp_path: Path, stop_at: Callable)
         train_vit(*VIT)
     folder = run_folder(tmp_path)
     assert len(_rows(folder)) == 1 and np.load(folder / f"{folder.name}_li.npy").shape[0] == 1
+
+
+def test_files_of_others_stay_and_leftovers_go(
+    train_vit: Callable, tmp_path: Path, stop_at: Callable
+):
+    with stop_at(2):
+        train_vit(*VIT)
+    folder = run_folder(tmp_path)
+    (folder / "notes.txt").touch()
+    others = {".notes.txt.swp", ".metrics.jsonl.swp", ".last.pth.mine", ".notes.txt.ab.part"}
+    names = ("test.json", "last.pth", "metrics.jsonl", f"{folder.name}_li.npy")
+    for name in (*others, *(f".{name}.k2n3m4x5.part" for name in names)):
+        (folder / name).touch()
+    assert train_vit(*VIT, "--resume")[::2] == (0, "")
+    assert {path.name for path in folder.glob(".*")} == {".lock", *others}

@@ -1,6 +1,9 @@
 """Files that are whole or absent."""
 
+import os
 import resource
+import subprocess
+import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -159,8 +162,15 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, size: int):
 
 
 def test_leftovers_of_killed_processes_are_removed(tmp_path: Path):
-    for name in (".last.pth.ab12", ".last.pth", "last.pth", ".other.pth.ab12"):
+    code = (
+        "import os, pathlib, aal.training.files as files; "
+        "files.write_whole(pathlib.Path('last.pth'), lambda file: os._exit(7))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment)
+    assert done.returncode == 7 and len(list(tmp_path.iterdir())) == 1
+    left = {".last.pth", ".last.pth.swp", "last.pth", ".other.pth.ab12.part", "last.pth.part"}
+    for name in left:
         (tmp_path / name).touch()
     remove_leftovers(tmp_path, {"last.pth"})
-    left = {".last.pth", "last.pth", ".other.pth.ab12"}
     assert {file.name for file in tmp_path.iterdir()} == left

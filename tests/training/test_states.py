@@ -68,6 +68,15 @@ def test_at_every_moment_the_newest_state_is_there(tmp_path: Path, monkeypatch):
         assert _steps(folder)["last.pth"] == 4 and _steps(folder)["last-1.pth"] == seen[number - 1]
 
 
+def test_any_number_of_states_may_stay(tmp_path: Path):
+    (tmp_path / "last-01.pth").touch()  # somebody's own
+    states = _written(tmp_path, 10**18, 4)
+    names = ["last.pth", "last-1.pth", "last-2.pth", "last-3.pth"]
+    assert [path.name for path in states.paths()] == names
+    (tmp_path / "last-01.pth").unlink()
+    assert _steps(tmp_path) == {name: 3 - age for age, name in enumerate(names)}
+
+
 def test_fewer_states_stay_when_so_told(tmp_path: Path):
     _written(tmp_path, 4, 5)
     (tmp_path / "last-night.pth").touch()  # somebody's own
