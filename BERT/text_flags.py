@@ -6,7 +6,6 @@ from pathlib import Path
 import labelled
 
 from aal.training.command_line import Parser, UserError, note, positive_int, tensor_size
-from aal.training.run import is_dry
 
 USUAL_TEXTS = {"max_length": 128, "pad_to_max_length": False, "vocab_size": 30_522}
 TABLE = ("train_file", "test_file", "text_columns", "label_column")  # flags of tsv
@@ -51,7 +50,7 @@ def check_text_flags(args: argparse.Namespace) -> None:
     given = vars(args)
     if args.max_length < _SMALLEST_LENGTH:
         raise UserError(f"--max-length {args.max_length} is below {_SMALLEST_LENGTH}")
-    wanted = set(TABLE) if args.task == "tsv" and not is_dry(args) else set()
+    wanted = set(TABLE) if args.task == "tsv" and not args.dry_run else set()
     if "model_path" in args:
         wanted.discard("train_file")
     for name in TABLE:
@@ -77,7 +76,7 @@ def check_text_flags(args: argparse.Namespace) -> None:
 def source_of(args: argparse.Namespace) -> labelled.Source:
     """Where the texts are; raises ``UserError`` if a file of GLUE is not there."""
     learns = "model_path" not in args
-    if is_dry(args):
+    if args.dry_run:
         return labelled.Source(args.task)
     if args.task != "tsv":
         return labelled.find(args.task, args.data_path, learns=learns)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,8 @@ class TextRun(run.Run):
             self._continue_checkpoint(args.model_path)
         elif args.dry_run:
             self.network_config = self._config(args.vocab_size, _RANDOM_CLASSES)
-            self.train_part = self.validation_part = self._random_part()
+            part = self._random_part(min(_RANDOM_LENGTH, args.max_length))
+            self.train_part = self.validation_part = part
         else:
             self._read_texts()
         if "model_path" not in args:
@@ -144,10 +145,16 @@ class TextRun(run.Run):
             raise UserError(f"{path} is no checkpoint of a BERT of this project")
         super().check_checkpoint(path, state)
 
-    def trial_flags(self) -> Sequence[object]:
-        """Texts as long as there may be."""
-        size = () if self.pretrained else ("--vocab-size", self.network_config.vocab_size)
-        return "--pad-to-max-length", *size
+    def data_size(self) -> tuple[int, int, int]:
+        """Ids, classes, and tokens of the longest training text."""
+        config = self.network_config
+        return config.vocab_size, config.num_labels, int(self.train_part.lengths.max())
+
+    def resemble(self, size: tuple[int, int, int]) -> None:
+        vocabulary, classes, longest = size
+        self.network_config = self._config(vocabulary, classes)
+        self.train_part = self.validation_part = self._random_part(longest)
+        self.make_model()
 
     def trial_text(self) -> str:
         return f" with texts of {self.train_part.lengths.max()} tokens"
@@ -224,9 +231,9 @@ class TextRun(run.Run):
                 digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:16]
 
-    def _random_part(self) -> Part:
-        """Random ids for two batches."""
-        count, length = 2 * self.settings.batch_size, min(_RANDOM_LENGTH, self.args.max_length)
+    def _random_part(self, length: int) -> Part:
+        """Texts of so many random ids for two batches."""
+        count = 2 * self.settings.batch_size
         random = np.random.default_rng(self.settings.seed)
         try:
             ids = random.integers(

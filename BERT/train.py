@@ -15,12 +15,17 @@ Minutes on two CPU cores, with texts that need no download:
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    # Imports take seconds, in which Ctrl-C just ends the process.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from architecture import MODELS
 from text_flags import TABLE, USUAL_TEXTS, add_text_flags, check_text_flags, source_of

@@ -13,10 +13,15 @@ Minutes on two CPU cores, with texts that need no download, and what the network
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    # Imports take seconds, in which Ctrl-C just ends the process.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import corpora
 import tokens
@@ -128,7 +133,7 @@ def _note_inert_text_flags(args: argparse.Namespace) -> None:
     inert, where = [INERT[args.tokenizer]], f"under --tokenizer {args.tokenizer}"
     if "model_path" in args:
         inert, where = SETTINGS, "with --model-path"
-    elif run.is_dry(args) and args.tokenizer == "words":
+    elif args.dry_run and args.tokenizer == "words":
         inert = []  # its ids are as many as --vocab-size says
     for name in inert:
         if getattr(args, name) != USUAL_TEXTS[name]:

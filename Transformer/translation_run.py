@@ -18,7 +18,7 @@ from transformer import MAX_LENGTH, PAD, SPECIAL
 from aal.training import run
 from aal.training.command_line import UserError, write_output
 from aal.training.devices import Worker
-from aal.training.evaluation import evaluate
+from aal.training.evaluation import evaluate, in_parts
 from aal.training.files import read_checkpoint
 from aal.training.precision import autocast
 
@@ -97,7 +97,10 @@ class TranslationRun(run.Run):
         settings = self.data_settings
         if args.dry_run:
             self.vocabularies = (settings.vocab_size, settings.vocab_size)
-            self.train_part = self.validation_part = self._random_part()
+            lengths = _RANDOM_LENGTH, settings.max_length
+            budget = self.settings.batch_size // self.processes
+            part = self._random_part(max(1, min(*lengths, budget - 1)))
+            self.train_part = self.validation_part = part
         elif "model_path" in args:
             state = read_checkpoint(args.model_path)
             self.check_checkpoint(args.model_path, state)
@@ -172,8 +175,15 @@ class TranslationRun(run.Run):
             raise UserError(f"{path} is no checkpoint of a Transformer of this project")
         super().check_checkpoint(path, state)
 
-    def trial_flags(self) -> Sequence[object]:
-        return "--vocab-size", max(self.vocabularies)
+    def data_size(self) -> tuple[tuple[int, int], int]:
+        """Vocabularies, and tokens of the longest training pair."""
+        return self.vocabularies, int(self.train_part.sizes.max())
+
+    def resemble(self, size: tuple[tuple[int, int], int]) -> None:
+        self.vocabularies, longest = size
+        self.train_part = self.validation_part = self._random_part(longest - 1)
+        data.check_fits(self.train_part, self.settings.batch_size, self.processes)
+        self.make_model()
 
     def trial_text(self) -> str:
         return f" with {self.data_settings.vocab_size} ids in each language"
@@ -192,14 +202,12 @@ class TranslationRun(run.Run):
         self.source, self.target = source, target
         self.vocabularies = (len(source), len(target))
 
-    def _random_part(self) -> data.Part:
-        """Random ids for two batches of every process."""
-        settings = self.data_settings
+    def _random_part(self, length: int) -> data.Part:
+        """Texts of so many random ids for two batches of every process."""
         budget = self.settings.batch_size // self.processes
-        length = max(1, min(_RANDOM_LENGTH, settings.max_length, budget - 1))
         count = 2 * self.processes * max(1, budget // (length + 1))
         random = np.random.default_rng(self.settings.seed)
-        bounds = (len(SPECIAL), settings.vocab_size)
+        bounds = (len(SPECIAL), min(self.vocabularies))
         try:
             both = random.integers(*bounds, (2, count, length), np.int32)
             return data.Part(*map(_sequences, both))
@@ -230,12 +238,17 @@ class TranslationRun(run.Run):
     ) -> Iterator[tuple[int, str]]:
         """Places in the part, and translations, of this process's share."""
         self.model.eval()
-        options = {"beam": beam, "length_penalty": self.args.length_penalty}
+        options, count = {"beam": beam, "length_penalty": self.args.length_penalty}, 1
+
+        def translate(source: Tensor) -> list[list[int]]:
+            with autocast(worker.device, self.settings.amp):
+                return decoding.translate(self.model, source, **options)
+
         for batch in self._batches(part, worker):
             source = batch.source.to(worker.device)
-            with autocast(worker.device, self.settings.amp):
-                found = decoding.translate(self.model, source, **options)
-            yield from zip(batch.indices.tolist(), map(self.target.decode, found), strict=True)
+            parts, count = in_parts(source.chunk, translate, "translation", count)
+            texts = (self.target.decode(ids) for _, found in parts for ids in found)
+            yield from zip(batch.indices.tolist(), texts, strict=True)
 
     def _read(self, file: Iterable[bytes], count: int) -> Iterator[list[list[int]]]:
         """The ids of lines, ``count`` at a time, or fewer before an error or at the end."""

@@ -36,12 +36,18 @@ def find_batch_size(trials: Trials, run: Run) -> int:
     least = run.settings.gradient_accumulation_steps
     batch = run.settings.batch_size
     while not fits(batch):
-        if batch == least:
+        try:
+            smaller = max(batch // 2, least)
+            trials.changed("--batch-size", smaller)
+        except UserError as error:  # too small to hold a text, say
+            if not memory_limit.is_out_of_memory(error.__cause__ or error):
+                smaller = batch
+        if smaller == batch:
             raise UserError(
                 f"not even --batch-size {batch} fits in memory; keep less by --lean exact, --gcp, "
                 "a rule or --compress"
             )
-        batch = max(batch // 2, least)
+        batch = smaller
     guess = 2 * batch
     if fits(guess):
         limit, peaks = memory_limit.limit(run.devices[0]), [found[b].peak for b in (batch, guess)]

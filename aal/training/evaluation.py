@@ -1,7 +1,8 @@
 """Scores of a model: one pass over a loader in which nothing is learned."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,20 +29,17 @@ def evaluate(
     """
     model.eval()
     totals, count = Totals(task.unit, task.measures, worker), 1
+
+    def score(part: Any) -> tuple[Tensor, Sequence[Tensor]]:
+        with autocast(worker.device, amp):
+            return task.loss(model, part)
+
     with progress_bar(len(loader), title, worker) as bar:
         for batch in loader:
             batch = task.on_device(batch, worker.device)
-            while True:
-                parts = task.split(batch, count)
-                outcomes = _scored(task, model, parts, worker, amp)
-                if outcomes is not None:
-                    break
-                if len(parts) < count:
-                    raise UserError(f"out of memory ({title}), even for one sample at a time")
-                count *= 2
-                release()
-            for part, outcome in zip(parts, outcomes, strict=True):
-                totals.add(outcome[0], task.weight(part), outcome[1])
+            outcomes, count = in_parts(partial(task.split, batch), score, title, count)
+            for part, (loss, sums) in outcomes:
+                totals.add(loss, task.weight(part), sums)
             if bar.update():
                 bar.set_postfix_str(f"{totals}", refresh=False)
     means = totals.means()
@@ -50,14 +48,32 @@ def evaluate(
     return means
 
 
-def _scored(
-    task: Task, model: nn.Module, parts: Sequence[Any], worker: Worker, amp: str
-) -> list[tuple[Tensor, Sequence[Tensor]]] | None:
-    """What the task's ``loss`` returns for each part; None if memory does not suffice."""
-    try:
-        with autocast(worker.device, amp):
-            return [task.loss(model, part) for part in parts]
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-    return None
+def in_parts(
+    split: Callable[[int], Sequence[Any]], score: Callable[[Any], Any], title: str, count: int = 1
+) -> tuple[list[tuple[Any, Any]], int]:
+    """Do something with a batch in as few parts as memory allows.
+
+    Args:
+        split: cuts the batch into at most so many parts.
+        score: what is done with a part.
+        title: of what is done, for people.
+        count: parts to begin with.
+
+    Returns:
+        Each part with its result, and a count for the next batch.
+
+    Raises:
+        UserError: not even single samples fit in memory.
+    """
+    tried = 0
+    while True:
+        parts = split(count)
+        if len(parts) == tried:  # as there are samples
+            raise UserError(f"out of memory ({title}), even for one sample at a time")
+        try:
+            return [(part, score(part)) for part in parts], count
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        tried, count = len(parts), 2 * count
+        release()

@@ -66,7 +66,8 @@ class ImageRun(run.Run):
                 "images per step and device"
             )
         self.make_model()
-        self.parts = self._open_data()
+        if not args.find_batch_size:
+            self.parts = self._open_data()
 
     def usual_settings(self) -> ImageRecipe:
         """As the recipe says for the given number of images, which is fewer for some data sets."""

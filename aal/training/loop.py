@@ -66,7 +66,7 @@ class Trainer:
     progress: Progress | None = None  # of the epoch that is being learned
 
     def __post_init__(self) -> None:
-        self.scaler = LossScaler(self.worker.device, self.amp)
+        self.scaler = LossScaler(self.worker.device, self.amp, self.worker.world_size)
         self.compression = self.compress and self.compress()
         self._awaited: dict[str, Tensor] | None = None  # random state of the epoch to be continued
         self._watch = finite.LossWatch(self.worker.device)

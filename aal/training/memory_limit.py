@@ -7,6 +7,8 @@ an error, as it does on a GPU.
 
 import contextlib
 import gc
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,17 +20,14 @@ except ImportError:  # not on Windows
     resource = None
 
 _KIB = 1024
-_GROUPS = (  # files of control groups, versions 2 and 1: limit, what is in use, statistics
-    ("memory.max", "memory.current", "memory.stat", "file"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "cache"),
-)
-_GROUP_FOLDER = Path("/sys/fs/cgroup")
+_GROUPS = {  # by controllers of control groups, versions 2 and 1: folder, and names of files
+    "": ("/sys/fs/cgroup", "memory.max", "memory.current", "file"),
+    "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "cache"),
+}
+_ROOT = Path("/")
 _SIGNS = (
-    "can't allocate memory",
-    "out of memory",
-    "bad_alloc",
-    "ALLOC_FAILED",
-    "not enough memory",
+    "can't allocate memory|[Oo]ut of memory|bad_alloc|ALLOC_FAILED|enough memory|"
+    "could not (create a primitive(?! descriptor)|execute a primitive|create a memory)"  # oneDNN
 )
 
 
@@ -36,7 +35,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Does an error say that memory is short, on the host or on a GPU?"""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+    return isinstance(error, RuntimeError) and re.search(_SIGNS, str(error)) is not None
 
 
 def release() -> None:
@@ -50,16 +49,16 @@ def release() -> None:
 def limited() -> Iterator[None]:
     """Refuse this process more memory than is free now, inside the ``with`` block.
 
-    Processes that are started inside inherit the limit. Nothing happens where Linux does not tell
-    what is free. The address space that CUDA reserves is none that a process takes, but may be
-    counted: leave the block before CUDA is used.
+    Several processes of a run get equal shares of it. Processes that are started inside inherit the
+    limit. Nothing happens where Linux does not tell what is free. The address space that CUDA
+    reserves is none that a process takes, but may be counted: leave the block before CUDA is used.
     """
     free, own = available(), _status("VmData")
     if resource is None or free is None or own is None:
         yield
         return
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (own + free, before[1]))
+    resource.setrlimit(resource.RLIMIT_DATA, (own + free // _processes_here(), before[1]))
     try:
         yield
     finally:
@@ -105,15 +104,34 @@ def reset_peak(device: torch.device) -> None:
 
 
 def _free_in_group() -> Iterator[int]:
-    """What the limit of the process's control group leaves, if there is one."""
-    for limit, in_use, statistics, cache in _GROUPS:
-        try:
-            words = (_GROUP_FOLDER / statistics).read_text().split()
-            cached = int(words[words.index(cache) + 1])  # which the system gives up if need be
-            taken = int((_GROUP_FOLDER / in_use).read_text()) - cached
-            yield max(0, int((_GROUP_FOLDER / limit).read_text()) - taken)
-        except (OSError, ValueError, IndexError):  # no such file, or "max"
-            continue
+    """What the limits of the process's control group, and of those around it, leave."""
+    try:
+        lines = (_ROOT / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for _, controllers, group in (line.split(":", 2) for line in lines):
+        for controller in {*controllers.split(",")} & {*_GROUPS}:
+            folder, *names = _GROUPS[controller]
+            top = _ROOT / folder.lstrip("/")
+            place = top / group.lstrip("/")
+            for around in (place, *place.parents):
+                if around.is_relative_to(top):
+                    yield from _free_in(around, *names)
+
+
+def _free_in(group: Path, limit: str, in_use: str, cache: str) -> Iterator[int]:
+    """What the limit of a control group leaves, if there is one."""
+    with contextlib.suppress(OSError, ValueError, IndexError):  # no such file, or "max"
+        words = (group / "memory.stat").read_text().split()
+        cached = int(words[words.index(cache) + 1])  # which the system gives up if need be
+        taken = int((group / in_use).read_text()) - cached
+        yield max(0, int((group / limit).read_text()) - taken)
+
+
+def _processes_here() -> int:
+    """Processes of the run that share this machine."""
+    count = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
+    return int(count) if count.isdecimal() and int(count) else 1
 
 
 def _free_below_limit() -> Iterator[int]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_FIRST_SCALE = 65536.0
 MAX_SKIPPED = 20  # steps in a row; the scale falls from 65536 to 0.06 meanwhile
 
 
@@ -22,19 +23,23 @@ class LossScaler:
     Args:
         device: of the gradients.
         amp: a key of ``AMP_DTYPES``. But for "fp16" losses and steps are left as they are.
+        processes: by which the losses of all processes are multiplied, as their gradients are
+            averaged. The scale is that of one process.
 
     Attributes:
         skipped_in_row: steps that were skipped since the last that was taken.
     """
 
-    def __init__(self, device: torch.device, amp: str):
-        self.is_enabled = amp == "fp16"
-        self._scaler = torch.amp.GradScaler(device.type, enabled=self.is_enabled)
+    def __init__(self, device: torch.device, amp: str, processes: int = 1):
+        self.is_enabled, self.processes = amp == "fp16", processes
+        options = {"init_scale": _FIRST_SCALE / processes, "enabled": self.is_enabled}
+        self._scaler = torch.amp.GradScaler(device.type, **options)
         self.skipped_in_row = 0
 
     @property
     def scale(self) -> float:
-        return self._scaler.get_scale()
+        """By which the mean loss over all processes is multiplied. Waits for the device."""
+        return self._scaler.get_scale() * self.processes
 
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss whose gradient is to be computed."""
@@ -56,8 +61,15 @@ class LossScaler:
         return is_skipped
 
     def state_dict(self) -> dict[str, Any]:
-        return self._scaler.state_dict()
+        """What the next steps depend on, for any number of processes."""
+        state = self._scaler.state_dict()
+        if self.is_enabled:
+            state |= {"scale": self.scale, "skipped_in_row": self.skipped_in_row}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a ``state_dict()``."""
+        if self.is_enabled:
+            self.skipped_in_row = state["skipped_in_row"]
+            state = state | {"scale": state["scale"] / self.processes}
         self._scaler.load_state_dict(state)

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
+import torch
+
 from aal.training import batch_size, devices, memory_limit
 from aal.training.command_line import UserError
 from aal.training.run import Run, execute
@@ -20,17 +22,17 @@ def main(make_run: Callable[[Sequence[str]], Run], script: str, arguments: Seque
     Raises:
         UserError: anything that the user can put right; out of memory, with what would have fitted.
     """
-    trials = Trials(make_run, arguments)
     with ExitStack() as limits:
         limits.enter_context(memory_limit.limited())
-        run = make_run(arguments)
+        run = _made(make_run, arguments)
         device, processes = run.devices[0], run.processes
         if device.type == "cuda":
             limits.close()
         if run.args.find_batch_size:
-            batch_size.find_batch_size(trials, run)
+            batch_size.find_batch_size(Trials(make_run, arguments, run.data_size()), run)
             return 0
         learns = "model_path" not in run.args
+        size = run.data_size() if learns else None
         try:
             return execute(run, script, arguments)
         except Exception as error:
@@ -38,10 +40,21 @@ def main(make_run: Callable[[Sequence[str]], Run], script: str, arguments: Seque
                 raise
             text = f"out of memory{peak_text(device)}"
         # Behind the handler, whose error held on to all that there was.
-        batch, flags = run.settings.batch_size, run.trial_flags()
+        trials, batch = Trials(make_run, arguments, size), run.settings.batch_size
         del run
         memory_limit.release()
         if processes > 1 or devices.is_launched():
             raise UserError(f"{text}; keep less by --lean exact, --gcp, a rule or --compress")
-        advice = explain(trials, batch, flags) if learns else "use a device with more memory"
+        advice = explain(trials, batch) if learns else "use a device with more memory"
         raise UserError(f"{text}; {advice}. Files that were written before are untouched")
+
+
+def _made(make_run: Callable[[Sequence[str]], Run], arguments: Sequence[str]) -> Run:
+    """The run, or ``UserError`` where memory is too small even for its data."""
+    try:
+        return make_run(arguments)
+    except Exception as error:
+        if not memory_limit.is_out_of_memory(error):
+            raise
+        text = f"out of memory before the first step{peak_text(torch.device('cpu'))}"
+        raise UserError(f"{text}; free some, or use a smaller network or fewer data") from error

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from aal.indicator import IndicatorRecorder
 from aal.memory import SavedTensor
 from aal.training import devices
-from aal.training.command_line import Parser, ProcessLost, UserError, is_first
+from aal.training.command_line import Parser, ProcessLost, UserError, is_first, print_line
 from aal.training.compression_flags import add_compression_flags, compression_of
 from aal.training.course import Course
 from aal.training.devices import Worker
@@ -50,11 +50,6 @@ def add_arguments(parser: Parser) -> None:
     parser.add_switch("--dry-run", help="two steps on random data; writes nothing")
     help = "print the largest --batch-size that fits in the device's memory; writes nothing"
     parser.add_switch("--find-batch-size", help=help)
-
-
-def is_dry(args: argparse.Namespace) -> bool:
-    """Do flags ask for random data and no files?"""
-    return args.dry_run or args.find_batch_size
 
 
 def add_name(parser: Parser) -> None:
@@ -115,9 +110,8 @@ class Run:
                 "--find-batch-size tries one device; with several the batch can be as many times "
                 "as large"
             )
-        args.dry_run = is_dry(args)
         self.folder = None
-        if not (args.dry_run or "model_path" in args):
+        if not (args.dry_run or args.find_batch_size or "model_path" in args):
             place = args.output, self.name()
             self.folder = RunFolder(*place, self.metric, self.columns, args.keep)
             if args.resume == "auto":
@@ -179,9 +173,11 @@ class Run:
         """What a dry run says of its data behind the number of steps."""
         return ""
 
-    def trial_flags(self) -> Sequence[object]:
-        """Flags with which a dry run needs as much memory as this run."""
-        return ()
+    def data_size(self) -> Any:
+        """What the memory of a step depends on beside the flags, for ``resemble``."""
+
+    def resemble(self, size: Any) -> None:
+        """Let a dry run have random data of another run's ``data_size``."""
 
     def make_model(self) -> None:
         """Build the network from the seed, and load ``--model-path`` into it."""
@@ -240,7 +236,7 @@ class Run:
         with whole(self.model):
             validation = self.validate(worker, "dry run")
         if worker.is_main:
-            print(
+            print_line(
                 f"dry run: {trainer.step} steps{self.trial_text()}, loss {train['loss']:.4f}, then "
                 f"{validation['loss']:.4f}; saved {trainer.saved_mib:.1f} MiB, "
                 f"{_rate(train)}; nothing was written"
@@ -274,7 +270,7 @@ class Run:
         with whole(self.model):
             test = self.test(worker)
         if worker.is_main:
-            print(self.test_text(test))
+            print_line(self.test_text(test))
         return test
 
     def _load_checkpoint(self, path: Path) -> None:

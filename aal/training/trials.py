@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
+from typing import Any
 
 import torch
 
@@ -45,16 +46,21 @@ class Trials:
     Args:
         make_run: makes a run from flags, or raises ``UserError``.
         arguments: the flags.
+        data_size: of the run with these flags, see ``Run.data_size``.
     """
 
     make_run: Callable[[Sequence[str]], Run]
     arguments: Sequence[str]
+    data_size: Any = None
 
     def changed(self, *flags: object) -> Run:
         """The run with other flags behind its own, on random data; raises ``UserError``."""
         undone = ("--no-resume", "--no-checkpoint", "--no-find-batch-size", "--dry-run")
         with silence():
-            return self.make_run([*self.arguments, *undone, *map(str, flags)])
+            run = self.make_run([*self.arguments, *undone, *map(str, flags)])
+            if self.data_size is not None:
+                run.resemble(self.data_size)
+            return run
 
     def attempt(self, *flags: object) -> Trial | None:
         """Try two steps of ``changed``; None if they do not fit.
@@ -111,19 +117,13 @@ class Trials:
         return []
 
 
-def explain(trials: Trials, batch_size: int, flags: Sequence[object]) -> str:
-    """Say what a run keeps that ran out of memory, and what would have fitted.
-
-    Args:
-        trials: of the run's command line.
-        batch_size: of the run.
-        flags: with which random data resemble the run's own, see ``Run.trial_flags``.
-    """
+def explain(trials: Trials, batch_size: int) -> str:
+    """Say what a run with so large batches keeps that ran out of memory, and what would fit."""
     note("out of memory; steps that keep less are tried now, to tell which would have fitted")
-    alike, parts = Trials(trials.make_run, [*trials.arguments, *map(str, flags)]), []
-    if largest := alike.largest_saved(batch_size):
+    parts = []
+    if largest := trials.largest_saved(batch_size):
         parts.append(f"largest saved tensors: {'; '.join(largest)}")
-    if fitting := [_way_text(*found) for found in islice(alike.fitting_ways(), _MANY)]:
+    if fitting := [_way_text(*found) for found in islice(trials.fitting_ways(), _MANY)]:
         parts.append(f"two steps were tried and fit with {', or '.join(fitting)}")
     parts.append("--find-batch-size tells how large a batch may be")
     return "; ".join(parts)

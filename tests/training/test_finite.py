@@ -12,7 +12,7 @@ from aal.training.classification import Classification
 from aal.training.command_line import UserError
 from aal.training.devices import Worker
 from aal.training.loop import Trainer
-from aal.training.precision import MAX_SKIPPED
+from aal.training.precision import MAX_SKIPPED, LossScaler
 
 CPU = Worker(torch.device("cpu"))
 
@@ -167,3 +167,26 @@ def test_skipped_steps_are_counted_across_a_stop():
 
     found = other.train_epoch(Rest(batches[3:]), "one")
     assert found["skipped_steps"] == 2
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_scale_is_that_of_one_process(processes: int):
+    """Losses are multiplied by the number of processes, whose mean gradient is taken."""
+    loss = torch.tensor(0.5)
+    scaler = LossScaler(CPU.device, "fp16", processes)
+    assert scaler.scaled(loss * processes).item() == 0.5 * 65536 == 0.5 * scaler.scale
+    other = LossScaler(CPU.device, "fp16")
+    other.load_state_dict(scaler.state_dict())
+    assert other.scaled(loss).item() == 0.5 * 65536
+
+
+def test_a_row_of_skipped_steps_goes_on_behind_a_stop():
+    trainer, batches = _trainer(Cliff(10**6), amp="fp16"), list(_loader(20))
+    with pytest.raises(UserError, match="all steps of one were skipped"):
+        trainer.train_epoch(batches, "one")
+    trainer.end_epoch()
+    other = _trainer(Cliff(10**6), amp="fp16")
+    other.load_state(trainer.state())
+    with pytest.raises(UserError, match="all steps of two were skipped|20 steps in a row"):
+        other.train_epoch(batches, "two")
+    assert other.scaler.skipped_in_row == MAX_SKIPPED

@@ -207,6 +207,8 @@ def test_batches_that_do_not_fit_are_scored_in_parts():
     model.most = 20
     expected = evaluate(TASK, model, loader, CPU, "off", "one")
     assert found == pytest.approx(expected, rel=1e-12) and found["samples"] == 17
+    model.most = 1  # of the last batch, 7, whose halves are odd
+    assert evaluate(TASK, model, loader, CPU, "off", "one") == pytest.approx(expected, rel=1e-12)
     model.most = 0
     with pytest.raises(UserError, match="out of memory .one., even for one sample"):
         evaluate(TASK, model, loader, CPU, "off", "one")
