@@ -16,9 +16,14 @@ Minutes on two CPU cores, with images that need no download:
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    # Imports take seconds, in which Ctrl-C just ends the process.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import mlp_mixer
 

@@ -12,9 +12,14 @@ Minutes on two CPU cores, with images that need no download:
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    # Imports take seconds, in which Ctrl-C just ends the process.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from resnet import DEFAULT_ARA_STRIDE, LEAN, MODELS, RULES, ResNet, build, load_weights
 

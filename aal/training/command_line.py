@@ -4,11 +4,13 @@ import argparse
 import contextlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 NOTED = "AAL_NOTED"  # in the environment of processes whose parent has made their notes
+ERRORS = "AAL_ERRORS"  # in their environment: the pipe that takes lines for the parent to tell
 LOST = 75  # exit status of such a process after a ``ProcessLost``
 
 _LARGEST = 1e30  # what single precision holds, with room for products
@@ -46,25 +48,29 @@ def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str], program:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text
         sys.stdout.reconfigure(errors="backslashreplace")
+    if sys.stderr is None:  # it was closed; its number must not become that of another file
+        sys.stderr = open(os.devnull, "w")
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # until the imports were done
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return main(arguments)
     except UserError as error:
-        _tell(f"{program}: error: {' '.join(str(error).split())}")
+        _tell_parent(f"{program}: error: {' '.join(str(error).split())}")
         return 2
     except ProcessLost as error:
         if NOTED in os.environ:  # the parent knows more
             return LOST
-        _tell("; ".join([f"{program}: error: {error.args[0]}", *error.args[1:]]))
+        tell("; ".join([f"{program}: error: {error.args[0]}", *error.args[1:]]))
         return 1
     except BrokenPipeError:
         _drop_output()
         return 1
     except Stopped as stop:
         if is_first():
-            _tell(f"{program}: {stop}")
+            tell(f"{program}: {stop}")
         return stop.status
     except KeyboardInterrupt as error:  # perhaps with what can be done now
-        _tell("; ".join([f"{program}: interrupted", *error.args]))
+        tell("; ".join([f"{program}: interrupted", *error.args]))
         return 130
 
 
@@ -120,7 +126,7 @@ class Parser(argparse.ArgumentParser):
 def note(text: str) -> None:
     """Tell the user something that stops nothing, on stderr, once for all processes."""
     if is_first() and NOTED not in os.environ:
-        _tell(f"train.py: note: {text}")
+        tell(f"train.py: note: {text}")
 
 
 @contextlib.contextmanager
@@ -144,12 +150,17 @@ def warn(text: str, anywhere: bool = False) -> None:
         anywhere: in this process, even if it is not the first.
     """
     if anywhere or is_first():
-        _tell(f"train.py: warning: {text}")
+        tell(f"train.py: warning: {text}")
 
 
 def is_first() -> bool:
     """Is this the only process, or the first of several?"""
     return os.environ.get("RANK", "0") == "0"
+
+
+def print_line(text: str) -> None:
+    """Print to stdout at once; raises what ``write_output`` does."""
+    _output(lambda: print(text, flush=True))
 
 
 def write_output(content: bytes) -> None:
@@ -159,9 +170,17 @@ def write_output(content: bytes) -> None:
         UserError: it cannot be written, for instance because the disk is full.
         BrokenPipeError: the reader has gone; ``run`` knows what to do.
     """
-    try:
+
+    def write() -> None:
         sys.stdout.buffer.write(content)
         sys.stdout.buffer.flush()
+
+    _output(write)
+
+
+def _output(write: Callable[[], None]) -> None:
+    try:
+        write()
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -239,9 +258,17 @@ def _truth(text: str, word: str | None) -> bool:
     return text.lower() in _TRUE
 
 
-def _tell(line: str) -> None:
+def tell(line: str) -> None:
     """Write to stderr in one piece, so that lines of several processes do not mix."""
     print(f"{line}\n", end="", file=sys.stderr)
+
+
+def _tell_parent(line: str) -> None:
+    """Let the parent tell, which knows what others have said; without one, tell."""
+    try:
+        os.write(int(os.environ[ERRORS]), f"{line}\n".encode(errors="backslashreplace"))
+    except (KeyError, OSError):  # the parent has ended
+        tell(line)
 
 
 def _drop_output() -> None:

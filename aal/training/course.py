@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from aal.memory import MIB
-from aal.training.command_line import UserError
+from aal.training.command_line import UserError, print_line
 from aal.training.devices import Worker
 from aal.training.interruption import Interruption, StopAtOnce
 from aal.training.loop import Trainer
@@ -151,7 +151,7 @@ class Course:
             if self.events is not None:  # first, as an epoch that is not finished is done again
                 self.events.record(row)
             self.folder.finish_epoch(row, indicator, state, is_best)
-            print(self.run.epoch_text(row, title), flush=True)
+            print_line(self.run.epoch_text(row, title))
         self.saver.restart_clock()
         if number := self.saver.asked():
             self.saver.stop(self.trainer.step, number)
@@ -166,4 +166,4 @@ class Course:
             self.saver.stop(self.trainer.step, self.saver.asked())
         if self.worker.is_main:
             self.folder.finish(test)
-            print(f"run folder: {self.folder.path}")
+            print_line(f"run folder: {self.folder.path}")

@@ -5,7 +5,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any, Self
 
@@ -20,7 +21,8 @@ class StopAtOnce(BaseException):
 class Interruption:
     """Notes SIGINT and SIGTERM down inside a ``with`` block, in the main thread.
 
-    A second SIGINT raises ``KeyboardInterrupt``. A signal that is ignored stays ignored.
+    A second SIGINT raises ``KeyboardInterrupt``. A signal that is ignored stays ignored. A SIGINT
+    that was held, as by ``interrupts_held``, comes.
 
     Attributes:
         signal: the first that came, or 0.
@@ -30,15 +32,19 @@ class Interruption:
         self.signal = 0
         self._interrupts, self._obeys_at_once = 0, False
         self._before: dict[int, Any] = {}
+        self._held: set[signal.Signals] | None = None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._note)
+            self._held = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         return self
 
     def __exit__(self, *error: Any) -> None:
+        if self._held is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._held)
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
@@ -63,13 +69,25 @@ class Interruption:
             raise StopAtOnce
 
 
-@contextlib.contextmanager
-def signals_held() -> Iterator[None]:
+def signals_held() -> AbstractContextManager[None]:
     """Signals that ask to stop wait for the end of the ``with`` block.
 
     Processes that are started inside hold them from birth, until ``leave_signals_to_parent``.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    return _held(SIGNALS)
+
+
+def interrupts_held() -> AbstractContextManager[None]:
+    """SIGINT waits for the end of the ``with`` block.
+
+    Processes that are started inside hold it from birth, until an ``Interruption`` begins.
+    """
+    return _held([signal.SIGINT])
+
+
+@contextlib.contextmanager
+def _held(signals: Collection[int]) -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
 """One process per device, started by the script itself, which watches over them."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -9,18 +10,20 @@ import threading
 import time
 from collections.abc import Sequence
 
-from aal.training.command_line import LOST, NOTED, ProcessLost
-from aal.training.interruption import SIGNALS, STATUSES, Interruption
+from aal.training.command_line import ERRORS, LOST, NOTED, ProcessLost, tell
+from aal.training.interruption import SIGNALS, STATUSES, Interruption, interrupts_held
 
 _PARENT = "AAL_PARENT"  # in the environment: what cannot be read before the parent has ended
 _PATIENCE = 10  # seconds that processes get to end, once another has failed
+_MOST_LINES = 3  # that processes may say of their ends
 
 
 def launch(script: str, arguments: Sequence[str], count: int) -> int:
     """Run ``script`` once per device and return the first bad exit status, or 0.
 
-    When one process fails the others are stopped: they would wait for it for ever. Signals are
-    passed on as SIGTERM, which a terminal does not send to the processes by itself.
+    When one process fails the others are stopped: they would wait for it for ever. What they say
+    of it is told once. Signals are passed on as SIGTERM, which a terminal does not send to the
+    processes by itself; its SIGINT waits in them until they save their state.
 
     Raises:
         ProcessLost: a process was killed, or waited for another in vain.
@@ -30,14 +33,17 @@ def launch(script: str, arguments: Sequence[str], count: int) -> int:
         port = free.getsockname()[1]
     processes = []
     theirs, ours = os.pipe()
+    lines, errors = os.pipe()
     with Interruption() as interruption:
         for rank in range(count):
             own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count}
             own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, NOTED: 1}
-            own |= {_PARENT: theirs}
+            own |= {_PARENT: theirs, ERRORS: errors}
             environment = os.environ | {name: str(value) for name, value in own.items()}
             command = [sys.executable, script, *arguments]
-            processes.append(subprocess.Popen(command, env=environment, pass_fds=[theirs]))
+            with interrupts_held():
+                kept = [theirs, errors]
+                processes.append(subprocess.Popen(command, env=environment, pass_fds=kept))
         try:
             rank, status = _first_failure(processes, interruption)
             if status in STATUSES:
@@ -51,11 +57,25 @@ def launch(script: str, arguments: Sequence[str], count: int) -> int:
             _end(processes)
             os.close(ours)
             os.close(theirs)
+            _tell_once(lines)
+            os.close(lines)
+            os.close(errors)
         if interruption.signal and (status in STATUSES or -status in SIGNALS):
             return 128 + interruption.signal
     if status < 0 or status == LOST:
         raise ProcessLost(f"process {rank + 1} of {count} {_ending(status)}")
     return status
+
+
+def _tell_once(lines: int) -> None:
+    """Tell what processes that have ended wrote to a pipe, and what several wrote only once."""
+    os.set_blocking(lines, False)
+    content = b""
+    with contextlib.suppress(BlockingIOError):  # others might still hold its other end
+        while piece := os.read(lines, 2**16):
+            content += piece
+    for line in list(dict.fromkeys(content.decode().splitlines()))[:_MOST_LINES]:
+        tell(line)
 
 
 def end_with_parent() -> None:

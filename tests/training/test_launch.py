@@ -1,5 +1,6 @@
 """Several processes of one script, started and watched over by another one."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -103,4 +104,72 @@ def test_a_process_that_hangs_is_waited_for_as_long_as_pytorch_does(
     script.write_text(FROZEN)
     with pytest.raises(ProcessLost, match="^process 1 of 2 waited in vain for another one"):
         launch.launch(str(script), [], 2)
+    assert capfd.readouterr().err == ""
+
+
+FAILS = """
+import os
+import sys
+
+from aal.training.command_line import UserError, run
+
+
+def main(arguments):
+    with open(f"{os.environ['RANK']}", "w"):
+        while len(os.listdir()) < 3:  # so that all of them come to their errors
+            pass
+    raise UserError({MESSAGE})
+
+
+sys.exit(run(main, [], "train.py"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "message, lines",
+    [
+        ("'no such thing'", ["no such thing"]),
+        ("f'no thing {min(1, int(os.environ[\"RANK\"]))}'", ["no thing 0", "no thing 1"]),
+    ],
+    ids=["the same", "others"],
+)
+def test_processes_that_fail_are_heard_once(
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    message: str,
+    lines: list[str],
+):
+    script, place = tmp_path / "script.py", tmp_path / "place"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
+    ends = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"  # of its own accord
+    script.write_text(ends + FAILS.replace("{MESSAGE}", message))
+    assert launch.launch(str(script), [], 3) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and sorted(err.splitlines()) == [f"train.py: error: {line}" for line in lines]
+
+
+INTERRUPTED = """
+import os
+import signal
+import sys
+
+from aal.training.interruption import Interruption
+
+os.kill(os.getpid(), signal.SIGINT)  # as a terminal sends it while modules are imported
+with Interruption() as interruption:
+    sys.exit(interruption.signal)
+"""
+
+
+def test_processes_leave_an_interrupt_for_where_they_can_save(
+    tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
+    script = tmp_path / "script.py"
+    script.write_text(INTERRUPTED)
+    assert launch.launch(str(script), [], 1) == signal.SIGINT
     assert capfd.readouterr().err == ""
