@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,6 +144,9 @@ class TextRun(run.Run):
         if not {"model", "function", "tokenizer", "labels", "architecture"} <= set(state):
             raise UserError(f"{path} is no checkpoint of a BERT of this project")
         super().check_checkpoint(path, state)
+
+    def trial_flags(self) -> Sequence[object]:
+        return () if self.pretrained else ("--vocab-size", self.network_config.vocab_size)
 
     def data_size(self) -> tuple[int, int, int]:
         """Ids, classes, and tokens of the longest training text."""

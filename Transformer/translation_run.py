@@ -175,6 +175,9 @@ class TranslationRun(run.Run):
             raise UserError(f"{path} is no checkpoint of a Transformer of this project")
         super().check_checkpoint(path, state)
 
+    def trial_flags(self) -> Sequence[object]:
+        return "--vocab-size", max(self.vocabularies)
+
     def data_size(self) -> tuple[tuple[int, int], int]:
         """Vocabularies, and tokens of the longest training pair."""
         return self.vocabularies, int(self.train_part.sizes.max())

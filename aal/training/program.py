@@ -29,10 +29,9 @@ def main(make_run: Callable[[Sequence[str]], Run], script: str, arguments: Seque
         if device.type == "cuda":
             limits.close()
         if run.args.find_batch_size:
-            batch_size.find_batch_size(Trials(make_run, arguments, run.data_size()), run)
+            batch_size.find_batch_size(Trials.of(make_run, arguments, run), run)
             return 0
-        learns = "model_path" not in run.args
-        size = run.data_size() if learns else None
+        trials = None if "model_path" in run.args else Trials.of(make_run, arguments, run)
         try:
             return execute(run, script, arguments)
         except Exception as error:
@@ -40,12 +39,12 @@ def main(make_run: Callable[[Sequence[str]], Run], script: str, arguments: Seque
                 raise
             text = f"out of memory{peak_text(device)}"
         # Behind the handler, whose error held on to all that there was.
-        trials, batch = Trials(make_run, arguments, size), run.settings.batch_size
+        batch = run.settings.batch_size
         del run
         memory_limit.release()
         if processes > 1 or devices.is_launched():
             raise UserError(f"{text}; keep less by --lean exact, --gcp, a rule or --compress")
-        advice = explain(trials, batch) if learns else "use a device with more memory"
+        advice = explain(trials, batch) if trials else "use a device with more memory"
         raise UserError(f"{text}; {advice}. Files that were written before are untouched")
 
 

@@ -173,6 +173,10 @@ class Run:
         """What a dry run says of its data behind the number of steps."""
         return ""
 
+    def trial_flags(self) -> Sequence[object]:
+        """Flags by which the network of a dry run is as large as this one."""
+        return ()
+
     def data_size(self) -> Any:
         """What the memory of a step depends on beside the flags, for ``resemble``."""
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -52,6 +52,13 @@ class Trials:
     make_run: Callable[[Sequence[str]], Run]
     arguments: Sequence[str]
     data_size: Any = None
+
+    @classmethod
+    def of(
+        cls, make_run: Callable[[Sequence[str]], Run], arguments: Sequence[str], run: Run
+    ) -> Self:
+        """Those of a run that was made from its flags."""
+        return cls(make_run, [*arguments, *map(str, run.trial_flags())], run.data_size())
 
     def changed(self, *flags: object) -> Run:
         """The run with other flags behind its own, on random data; raises ``UserError``."""

@@ -101,7 +101,7 @@ def test_the_largest_batch_is_that_of_the_texts(limited: Callable, texts: Path):
 
 @pytest.mark.slow
 def test_nothing_fits(limited: Callable):
-    status, out, err = limited(100, "ViT/train.py", *WIDE.split(), "--find-batch-size")
+    status, out, err = limited(40, "ViT/train.py", *WIDE.split(), "--find-batch-size")
     assert status == 2 and "batch size 1: out of memory" in out
     assert err.startswith("train.py: error: not even --batch-size 1 fits in memory; ")
     assert err.count("\n") == 1
