@@ -35,7 +35,7 @@ from aal.training.loop import Trainer  # noqa: E402
 from aal.training.saving import USUAL_INTERVAL, Interval, Saver, interval  # noqa: E402
 from aal.training.states import States  # noqa: E402
 
-ROUNDS, USUAL = 7, interval(USUAL_INTERVAL).seconds
+ROUNDS, USUAL = 5, interval(USUAL_INTERVAL).seconds
 CPU = Worker(torch.device("cpu"))
 NETWORKS = {  # network, optimiser, images per step, steps per block
     "resnet50": (lambda: resnet.build("resnet50"), torch.optim.SGD, 4, 5),

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from aal.memory import MIB
 from aal.training import memory_limit
-from aal.training.command_line import UserError
+from aal.training.command_line import UserError, print_line
 from aal.training.run import Run
 from aal.training.trials import Trial, Trials
 
@@ -26,11 +26,11 @@ def find_batch_size(trials: Trials, run: Run) -> int:
     def fits(batch: int) -> bool:
         trial = trials.attempt("--batch-size", batch)
         if trial is None:
-            print(f"batch size {batch}: out of memory", flush=True)
+            print_line(f"batch size {batch}: out of memory")
             return False
         found[batch] = trial
         peak = "" if trial.peak is None else f", peak {trial.peak / MIB:.0f} MiB"
-        print(f"batch size {batch}: fits{peak}, {trial.rate}", flush=True)
+        print_line(f"batch size {batch}: fits{peak}, {trial.rate}")
         return True
 
     least = run.settings.gradient_accumulation_steps
@@ -59,7 +59,7 @@ def find_batch_size(trials: Trials, run: Run) -> int:
         batch = largest_batch(fits, batch, guess)
     else:
         batch = largest_batch(fits, batch, guess, fails=True)
-    print(f"largest batch size: {batch}")
+    print_line(f"largest batch size: {batch}")
     return batch
 
 
