@@ -98,7 +98,8 @@ class Trials:
                 if self.changed(*words).config == self.changed().config:
                     continue
                 trial = self.attempt(*words)
-            except UserError:  # of flags that the script does not know, or not together
+            except Exception as error:  # flags that the script does not know, say
+                _check_expected(error)
                 continue
             if trial is not None:
                 yield way, trial
@@ -115,8 +116,7 @@ class Trials:
                 with silence(), devices.joined(run.devices) as worker:
                     found = run.saved_tensors(worker)
             except Exception as error:
-                if not isinstance(error, UserError) and not memory_limit.is_out_of_memory(error):
-                    raise
+                _check_expected(error)
                 continue  # a larger part may be possible where a small one holds no text, say
             kinds = groupby(found, key=lambda tensor: (tensor.num_bytes, tensor.kind))
             groups = islice((list(group) for _, group in kinds), _MANY)
@@ -134,6 +134,12 @@ def explain(trials: Trials, batch_size: int) -> str:
         parts.append(f"two steps were tried and fit with {', or '.join(fitting)}")
     parts.append("--find-batch-size tells how large a batch may be")
     return "; ".join(parts)
+
+
+def _check_expected(error: Exception) -> None:
+    """Raise an error again that is no refusal of flags and not for want of memory."""
+    if not isinstance(error, UserError) and not memory_limit.is_out_of_memory(error):
+        raise error
 
 
 def _way_text(way: str, trial: Trial) -> str:
