@@ -173,7 +173,8 @@ class _OverwriteFunction(torch.autograd.Function):
     """``x.copy_(y)`` that has no gradient for what x was before.
 
     PyTorch's has zeros, in rows. They are summed with the gradient for y, and bring that of a
-    channels-last x into rows, in which a batch norm sums in another order.
+    channels-last x into rows, in which a batch norm sums in another order. Backward hands the
+    gradient on to y as it is, exactly; nothing is saved.
     """
 
     @staticmethod

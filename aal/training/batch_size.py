@@ -11,8 +11,8 @@ from aal.training.trials import Trial, Trials
 FRACTION = 32  # a batch that a 32nd would be too much for counts as the largest
 
 
-def find_batch_size(trials: Trials, run: Run) -> int:
-    """Print every batch that is tried, and the largest that fits; returns it.
+def find_batch_size(trials: Trials, run: Run) -> None:
+    """Print every batch that is tried, and the largest that fits.
 
     Args:
         trials: of the run's command line.
@@ -60,7 +60,6 @@ def find_batch_size(trials: Trials, run: Run) -> int:
     else:
         batch = largest_batch(fits, batch, guess, fails=True)
     print_line(f"largest batch size: {batch}")
-    return batch
 
 
 def largest_batch(

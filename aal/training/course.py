@@ -127,7 +127,7 @@ class Course:
         scores = {f"train_{name}": value for name, value in train.items()}
         scores |= {f"val_{name}": value for name, value in validation.items()}
         rate = f"{self.trainer.task.unit}_per_s"
-        skipped = {name: train[name] for name in ("skipped_steps",) if name in train}
+        skipped = {"skipped_steps": train["skipped_steps"]} if "skipped_steps" in train else {}
         return {
             "epoch": self.epoch + 1,
             "step": self.trainer.step,

@@ -48,7 +48,7 @@ def origin(model: nn.Module, batch: Any, forward: Callable[[], Any]) -> str:
         A clause that goes on behind "the loss is nan", or nothing where the place is not found.
     """
     if names := list(_not_finite(model)):
-        others = f" and {len(names) - 1} others are" if len(names) > 1 else " is"
+        others = f" and {len(names) - 1} more are" if len(names) > 1 else " is"
         return f", as {names[0]}{others} not finite since the step before"
     if not _is_finite(batch):
         return ", as the batch itself has numbers that are not finite"

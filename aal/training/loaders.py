@@ -173,10 +173,8 @@ def train_loader(
 
     ``batch_size`` is that of all processes together. An incomplete last batch is left out.
     """
-    own_size = batch_size // worker.world_size
-    sampler = EpochSampler(len(part), own_size, seed, worker)
-    loader = _loader(_Replaced(part), own_size, workers, worker, sampler)
-    return TrainBatches(loader, bad_images or BadImages(), worker)
+    sampler = EpochSampler(len(part), batch_size // worker.world_size, seed, worker)
+    return _train_batches(part, batch_size, workers, worker, sampler, bad_images)
 
 
 def step_loader(
@@ -194,6 +192,17 @@ def step_loader(
     ``loader.sampler.set_epoch`` chooses which of these stretches comes next.
     """
     sampler = StepSampler(len(part), batch_size, seed, worker, num_steps, eval_every)
+    return _train_batches(part, batch_size, workers, worker, sampler, bad_images)
+
+
+def _train_batches(
+    part: Dataset,
+    batch_size: int,
+    workers: int,
+    worker: Worker,
+    sampler: EpochSampler | StepSampler,
+    bad_images: BadImages | None,
+) -> TrainBatches:
     own_size = batch_size // worker.world_size
     loader = _loader(_Replaced(part), own_size, workers, worker, sampler)
     return TrainBatches(loader, bad_images or BadImages(), worker)

@@ -82,7 +82,7 @@ def test_batches_that_are_not_finite_are_blamed():
 
 
 def test_weights_that_are_not_finite_are_blamed():
-    message = "the loss is nan at step 2 .one., as 0.weight and 1 others are not finite since"
+    message = "the loss is nan at step 2 .one., as 0.weight and 1 more are not finite since"
     with pytest.raises(UserError, match=message):  # the last layer's gradient is as it should be
         _trainer(Cliff(1), lr=1e10).train_epoch(_loader(), "one")
 
