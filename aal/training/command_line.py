@@ -45,7 +45,20 @@ def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str], program:
     Signals that ask to stop give 130 (SIGINT) and 143 (SIGTERM). The status is 1 when one of
     several processes was lost, and when the reader of our output has gone, as in
     ``train.py ... | head -1``.
+
+    One of several processes ends here. Were Python to take itself down first, threads of PyTorch's
+    process groups, which outlive ``destroy_process_group``, could abort it: a run that had
+    succeeded would count as lost.
     """
+    status = _status(main, arguments, program)
+    if is_launched():
+        with contextlib.suppress(OSError):
+            print(end="", flush=True)
+        os._exit(status)
+    return status
+
+
+def _status(main: Callable[[Sequence[str]], int], arguments: Sequence[str], program: str) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text
         sys.stdout.reconfigure(errors="backslashreplace")
     if sys.stderr is None:  # it was closed; its number must not become that of another file
@@ -151,6 +164,11 @@ def warn(text: str, anywhere: bool = False) -> None:
     """
     if anywhere or is_first():
         tell(f"train.py: warning: {text}")
+
+
+def is_launched() -> bool:
+    """Is this one of several processes, started by ``launch`` or torchrun?"""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ)
 
 
 def is_first() -> bool:

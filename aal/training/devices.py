@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from aal.training.command_line import NOTED, ProcessLost, UserError
+from aal.training.command_line import NOTED, ProcessLost, UserError, is_launched
 from aal.training.launch import end_with_parent
 
 
@@ -107,11 +107,6 @@ def parse_devices(words: Sequence[str] | None) -> list[torch.device]:
     if len(set(indices)) < len(indices):
         raise UserError(f"--device names a GPU twice: {' '.join(words)}")
     return [torch.device("cuda", index) for index in indices]
-
-
-def is_launched() -> bool:
-    """Is this one of several processes, started by ``launch`` or torchrun?"""
-    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ)
 
 
 def num_processes(devices: Sequence[torch.device]) -> int:

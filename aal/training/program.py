@@ -5,8 +5,8 @@ from contextlib import ExitStack
 
 import torch
 
-from aal.training import batch_size, devices, memory_limit
-from aal.training.command_line import UserError
+from aal.training import batch_size, memory_limit
+from aal.training.command_line import UserError, is_launched
 from aal.training.run import Run, execute
 from aal.training.trials import Trials, explain, peak_text
 
@@ -42,7 +42,7 @@ def main(make_run: Callable[[Sequence[str]], Run], script: str, arguments: Seque
         batch = run.settings.batch_size
         del run
         memory_limit.release()
-        if processes > 1 or devices.is_launched():
+        if processes > 1 or is_launched():
             raise UserError(f"{text}; keep less by --lean exact, --gcp, a rule or --compress")
         advice = explain(trials, batch) if trials else "use a device with more memory"
         raise UserError(f"{text}; {advice}. Files that were written before are untouched")

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from aal.indicator import IndicatorRecorder
 from aal.memory import SavedTensor
 from aal.training import devices
-from aal.training.command_line import Parser, ProcessLost, UserError, is_first, print_line
+from aal.training.command_line import (
+    Parser,
+    ProcessLost,
+    UserError,
+    is_first,
+    is_launched,
+    print_line,
+)
 from aal.training.compression_flags import add_compression_flags, compression_of
 from aal.training.course import Course
 from aal.training.devices import Worker
@@ -303,7 +310,7 @@ def built(build: Callable[[], nn.Module]) -> nn.Module:
 def execute(run: Run, script: str, arguments: Sequence[str]) -> int:
     """Execute a run, in one process per device; returns the exit status."""
     try:
-        if len(run.devices) > 1 and not devices.is_launched():
+        if len(run.devices) > 1 and not is_launched():
             if run.folder is not None:
                 run.folder.release()  # the first process takes it
             return launch(script, arguments, len(run.devices))

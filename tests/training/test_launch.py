@@ -60,6 +60,21 @@ def test_a_process_that_ignores_signals_is_ended(
     assert started(ignores, "time.sleep(0.5); sys.exit(7)") == 7
 
 
+def test_a_process_ends_without_what_python_does_at_its_end(
+    started: Callable, capfd: pytest.CaptureFixture
+):
+    """Where threads of PyTorch's process groups abort, which this stands for."""
+    script = """
+import atexit
+from aal.training.command_line import run
+atexit.register(os.abort)
+print("done")
+sys.exit(run(lambda arguments: 7, [], "train.py"))
+"""
+    assert started(script) == 7
+    assert capfd.readouterr() == ("done\n", "")
+
+
 @pytest.mark.slow
 def test_processes_leave_notes_to_their_parent(tmp_path: Path, capfd: pytest.CaptureFixture):
     script = tmp_path / "script.py"
