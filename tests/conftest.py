@@ -17,16 +17,7 @@ from aal.training.run_folder import environment
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before any test
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-        ],
-    ),
-]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,6 +31,14 @@ def pytest_configure(config: pytest.Config) -> None:
     # The fixture below asks for deterministic kernels; CUDA has none for some backward passes.
     message = ".*does not have a deterministic implementation.*"
     config.addinivalue_line("filterwarnings", f"ignore:{message}:UserWarning")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs a CUDA device where there is none: thousands of tests, each a moment."""
+    if not torch.cuda.is_available():
+        left_out = [item for item in items if item.get_closest_marker("gpu")]
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(scope="session")

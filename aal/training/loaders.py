@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import re
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from aal.training.memory_limit import is_out_of_memory
 from aal.training.sampling import Draw, EpochSampler, Seeded, StepSampler
 
 PATIENCE = 600  # seconds without a batch after which the processes are given up
+_NOTICE = 5  # seconds after which PyTorch has noticed that a process died, if it ever does
 _RAISED_THERE = "in DataLoader worker process"  # what PyTorch says of errors in the processes
 _MOST_REPLACED = 100  # bad images in a row; with more of them, most of the data set is bad
 
@@ -257,7 +259,10 @@ def _received(loaded: Iterator[_Loaded]) -> Iterator[_Loaded]:
             ) from error
         if was_raised_there or not isinstance(error, OSError | EOFError):
             raise
-        raise _ProcessDied from error  # PyTorch has not noticed yet
+        # Where the process died, its notice comes at any moment, and must not meet the handlers of
+        # another error. It says more, too.
+        time.sleep(_NOTICE)
+        raise _ProcessDied from error
 
 
 @contextlib.contextmanager

@@ -50,7 +50,6 @@ def test_a_storage_counts_once_and_parameters_do_not():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_the_peak_covers_what_is_saved():
     step = vit_step("cuda")
     step()

@@ -221,12 +221,6 @@ def test_several_threads(device):
     assert not failures
 
 
-cuda = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
-
 def on_device(function) -> int:
     """Bytes of the device that are taken after ``function()`` beyond those before."""
     torch.cuda.synchronize()
@@ -239,7 +233,7 @@ def on_device(function) -> int:
 
 
 class TestOnCuda:
-    pytestmark = cuda
+    pytestmark = pytest.mark.gpu
 
     def test_memory_of_the_device_is_freed(self):
         store = HostMemory()

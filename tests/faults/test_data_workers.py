@@ -75,11 +75,8 @@ def test_a_run_goes_on_after_a_process_was_killed(
 ):
     with kill_loader(step):
         status, _, err = train_vit(*WORDS)
-    told = [
-        f"train.py: error: a data-loading process {died}, perhaps for want of memory; {FEWER}"
-        for died in ("was killed (Killed)", "died")  # as what it had loaded shows first
-    ]
-    assert status == 2 and err in told
+    told = f"a data-loading process was killed (Killed), perhaps for want of memory; {FEWER}"
+    assert (status, err) == (2, f"train.py: error: {told}")
     assert_goes_on(train_vit, tmp_path, whole)
 
 
@@ -109,6 +106,31 @@ def test_a_run_goes_on_after_a_process_hung(
     with pytest.raises(ProcessLookupError):
         os.kill(int(note.read_text()), 0)
     assert_goes_on(train_vit, tmp_path, whole)
+
+
+@pytest.mark.parametrize("notice, words", [(0.2, "was killed (Killed)"), (None, "died")])
+def test_a_connection_that_breaks_waits_for_the_notice_of_a_death(
+    monkeypatch: pytest.MonkeyPatch, notice: float | None, words: str
+):
+    """Which would come while the first error is handled, as PyTorch's comes by a signal."""
+
+    def tell(*_) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. Details are")
+
+    def batches() -> Iterator[None]:
+        if notice is not None:
+            signal.setitimer(signal.ITIMER_REAL, notice)
+        raise ConnectionResetError("reset by peer")
+        yield
+
+    monkeypatch.setattr(loaders, "_NOTICE", 1)
+    before = signal.signal(signal.SIGALRM, tell)
+    try:
+        with pytest.raises(UserError) as error, loaders.failures_explained():
+            list(loaders._received(batches()))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert str(error.value).startswith(f"a data-loading process {words}, perhaps for want")
 
 
 def test_other_errors_stay_what_they_are():

@@ -92,11 +92,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
 @pytest.mark.gpu
-@needs_gpu
 @LOW_PRECISION
 @pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
 def test_autocast_on_a_gpu_is_near_full_precision(make, dtype):
@@ -118,7 +114,6 @@ def test_autocast_on_a_gpu_is_near_full_precision(make, dtype):
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
 def test_a_step_is_captured_as_a_cuda_graph(make):
     """Nothing in a step waits for the device, and replays of the graph learn as steps do."""

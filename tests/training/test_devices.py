@@ -68,7 +68,6 @@ def test_processes_exchange_values_and_no_code(tmp_path: Path, capfd: pytest.Cap
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_is_named_once():
     assert parse_devices(["0"]) == [torch.device("cuda", 0)]
     with pytest.raises(UserError, match="twice"):
