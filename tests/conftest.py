@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,15 @@ from aal.training.run_folder import environment
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before any test
 
+BEGINNING = pytest.StashKey[float]()  # when this process began its tests, in seconds
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     help = "write the figures that tests measure, beside those that the file has"
     parser.addoption("--record", type=Path, metavar="FILE", help=help)
+    help = "skip slow tests that would begin later; those that are not slow come first"
+    parser.addoption("--slow-until", type=float, metavar="MINUTE", help=help)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,6 +43,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("gpu")]
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=left_out)
+    if config.getoption("--slow-until") is not None:
+        items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[BEGINNING] = time.monotonic()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = item.config.getoption("--slow-until")
+    if minutes is not None and item.get_closest_marker("slow"):
+        if time.monotonic() - item.config.stash[BEGINNING] > 60 * minutes:
+            pytest.skip(f"slow, and {minutes:g} minutes are over")
 
 
 @pytest.fixture(scope="session")
@@ -54,10 +71,15 @@ def figures(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Tiny tensors gain nothing from more, and lose much to threads that wait for a busy core."""
+    """Tiny tensors gain nothing from more, and lose much to threads that wait for a busy core.
+
+    The same holds in processes that tests start.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
     torch.set_num_threads(before)
 
 

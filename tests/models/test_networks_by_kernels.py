@@ -110,8 +110,8 @@ def test_vision_transformers(rule, method, kind, pretended_gpu):
 )
 @pytest.mark.parametrize(("rule", "method"), RESNET, ids=str)
 def test_residual_networks(rule, method, kind, layout, pretended_gpu):
-    options = {"num_classes": 5, "stem": "small", "rule": rule, **METHODS[method]}
-    model = ResNet(BasicBlock, (2, 1, 1, 1), **options)
+    model = ResNet(BasicBlock, (2, 1, 0, 0), stem="small", rule=rule, **METHODS[method])
+    model.fc = nn.Linear(128, 5)
     x = images(8).contiguous(memory_format=layout)
     if kind == "float16":
         model, x = model.half(), x.half()

@@ -14,7 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scripts.conftest import ROOT, assert_refused, assert_same_results, files_of, run_folder
+from scripts.conftest import (
+    ROOT,
+    SMALL,
+    assert_refused,
+    assert_same_results,
+    files_of,
+    run_folder,
+)
 
 from aal.compression.codecs import Codec, Groups
 from aal.compression.compress import METHODS
@@ -275,10 +282,11 @@ def test_a_second_run_in_a_folder_is_refused(
 
 
 def _start(tiny_imagenet: Path, tmp_path: Path, *words: object) -> subprocess.Popen:
-    """ResNet/train.py in a process of its own, for many epochs."""
-    command = [sys.executable, ROOT / "ResNet/train.py", "--dataset", "tiny-imagenet", "--workers"]
-    command += [1, "--data-path", tiny_imagenet, "--model", "resnet18", "--batch-size", 6, "--lr"]
-    command += [0.01, "--output", tmp_path / "runs", "--epochs", 1000, "--save-every", 1, *words]
+    """``train_vit`` in a process of its own, for many epochs."""
+    command = [sys.executable, ROOT / "ViT/train.py", "--dataset", "tiny-imagenet", "--workers", 1]
+    command += ["--data-path", tiny_imagenet, "--img-size", 8, *SMALL["ViT/train.py"].split()]
+    command += ["--batch-size", 6, "--output", tmp_path / "runs", "--epochs", 10000, *words]
+    command += ["--save-every", 1]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([str(word) for word in command], start_new_session=True, **pipes)
 
@@ -316,7 +324,7 @@ def test_processes_obey_signals(tiny_imagenet: Path, tmp_path: Path, devices: tu
 
 @pytest.mark.slow
 def test_a_killed_run_is_continued_at_once(
-    train: Callable, tiny_imagenet: Path, tmp_path: Path, stop_at: Callable
+    train_vit: Callable, tiny_imagenet: Path, tmp_path: Path, stop_at: Callable
 ):
     """Processes that load data outlive it for seconds, and hold no lock."""
     process = _start(tiny_imagenet, tmp_path, "--device", "cpu")
@@ -325,7 +333,7 @@ def test_a_killed_run_is_continued_at_once(
     process.wait()
     step = torch.load(run_folder(tmp_path) / "last.pth", weights_only=True)["step"]
     with stop_at(step + 1 + step % 2):  # not at the end of an epoch of two
-        status, _, err = train("--epochs", 1000, "--resume")
+        status, _, err = train_vit("--epochs", 10000, "--resume")
     assert (status, err) == (
         143,
         f"train.py: terminated at step {step + 1 + step % 2}; --resume continues there\n",

@@ -103,6 +103,7 @@ def test_an_accumulated_batch_equals_the_whole(train_patches: Callable, tmp_path
 LENGTHS = {
     "epochs": ("--epochs", 3),
     "steps": ("--num-steps", 5, "--eval-every", 2),  # the last stretch is shorter
+    "epochs, bf16": ("--epochs", 3, "--amp", "bf16"),
 }
 
 
