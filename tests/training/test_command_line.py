@@ -13,7 +13,9 @@ from aal.training.command_line import (
     note,
     positive_float,
     positive_int,
+    print_line,
     run,
+    write_output,
 )
 
 
@@ -73,6 +75,19 @@ def test_a_switch_takes_nothing_a_truth_value_or_no(parser: Parser, words: list,
 def test_a_mistake_is_a_user_error_that_names_it(parser: Parser, words: list, text: str):
     with pytest.raises(UserError, match=text):
         parser.parse_args(words)
+
+
+def test_output_of_a_process_without_one_goes_nowhere(monkeypatch: pytest.MonkeyPatch):
+    """As of ``train.py ... >&-``."""
+    monkeypatch.setattr(sys, "stdout", None)
+
+    def main(arguments):
+        print_line("text")
+        write_output(b"bytes")
+        return 3
+
+    assert run(main, [], "train.py") == 3
+    sys.stdout.close()
 
 
 def test_a_user_error_becomes_one_line_and_status_2(capsys: pytest.CaptureFixture):
