@@ -68,7 +68,7 @@ from aal.training.interruption import leave_signals_to_parent
 def load():
     leave_signals_to_parent()
     print("ready", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 
 child = multiprocessing.get_context("fork").Process(target=load)
 child.start()
@@ -86,7 +86,7 @@ def load():
     while os.getppid() == parent:
         time.sleep(0.01)
     leave_signals_to_parent()
-    time.sleep(60)
+    time.sleep(600)
 
 parent = os.getpid()
 multiprocessing.get_context("fork").Process(target=load).start()
@@ -104,7 +104,7 @@ def test_a_process_that_loads_data_obeys_its_parent_alone():
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
             os.kill(int(children[0]), number)
             time.sleep(0.1)
-        out, _ = parent.communicate("\n", timeout=30)
+        out, _ = parent.communicate("\n", timeout=100)
         assert out.split() == ["True", "0"]  # still there, then gone in good order
 
 
@@ -113,4 +113,4 @@ def test_a_process_whose_parent_dies_as_it_starts_ends_too():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", ORPHAN]
     # Waits for the end of all that could write to the pipe.
-    subprocess.run(command, env=environment, stdout=subprocess.PIPE, timeout=30, check=True)
+    subprocess.run(command, env=environment, stdout=subprocess.PIPE, timeout=100, check=True)
