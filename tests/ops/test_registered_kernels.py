@@ -92,17 +92,20 @@ def image(x: Tensor) -> Tensor:
     return floats(2, 3, 4, 5, dtype=x.dtype).contiguous(memory_format=torch.channels_last)
 
 
-@pytest.fixture(params=KERNELS)
-def name(request: pytest.FixtureRequest) -> str:
-    if request.param in LOOPS and version("triton").startswith("3.6."):
-        pytest.skip("needs a newer interpreter")
-    return request.param
+CASES = [
+    (name, layout)
+    for name in KERNELS
+    for layout in LAYOUTS
+    if layout == "contiguous" or not name.endswith("quantise_groups")  # whose values have no other
+]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled, not interpreted")
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("name", "layout"), CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_kernels_obey_the_rules_of_custom_operators(name, dtype, layout, monkeypatch):
+def test_kernels_obey_the_rules_of_custom_operators(name, layout, dtype, monkeypatch):
+    if name in LOOPS and version("triton").startswith("3.6."):
+        pytest.skip("needs a newer interpreter")
     x = LAYOUTS[layout](floats(6, 16, dtype=dtype))
     own = KERNELS[name]
     calls = arguments_of(name, x)
