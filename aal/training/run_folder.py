@@ -128,19 +128,20 @@ class RunFolder:
         return state
 
     def _read_records(self, epochs: int, has_indicators: bool) -> None:
+        path = self.path / "metrics.jsonl"
         try:
-            lines = (self.path / "metrics.jsonl").read_text().splitlines()
-            self.metrics = [json.loads(line) for line in lines[:epochs]]
+            self.metrics = [json.loads(line) for line in path.read_text().splitlines()[:epochs]]
             if [row["epoch"] for row in self.metrics] != list(range(1, epochs + 1)):
-                raise ValueError("metrics.jsonl lacks epochs")
+                raise ValueError("it lacks epochs")
             if has_indicators:
-                indicators = np.load(self._indicator_file, allow_pickle=False)[:epochs]
-                if indicators.ndim != 3 or len(indicators) != epochs:
-                    raise ValueError(f"{self._indicator_file.name} lacks epochs")
-                self.indicators = list(indicators)
                 self.indicator_names = list(self.metrics[-1]["indicator"])
+                path = self._indicator_file
+                indicators = np.load(path, allow_pickle=False)[:epochs]
+                if indicators.ndim != 3 or len(indicators) != epochs:
+                    raise ValueError("it lacks epochs")
+                self.indicators = list(indicators)
         except (OSError, ValueError, EOFError, KeyError, TypeError, IndexError) as error:
-            raise UserError(f"the records in {self.path} are damaged: {error}") from error
+            raise UserError(f"{path} is damaged: {error}") from error
 
     def finish_epoch(
         self, row: dict[str, Any], indicator: np.ndarray | None, state: dict[str, Any], best: bool

@@ -222,15 +222,6 @@ def tiny_imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root.parent
 
 
-@pytest.fixture
-def finished_run(train: Callable, tmp_path: Path) -> Path:
-    """The folder of a run of one epoch with Learning Indicators, below a folder of its own."""
-    words = ("--learning-rule", "ara", "--get-li", "--epochs", 1)
-    status, _, err = train(*words, "--output", tmp_path / "original")
-    assert status == 0, err
-    return tmp_path / "original"
-
-
 def _write_image(path: Path, random: np.random.Generator, label: int) -> None:
     pixels = random.integers(0, 128, (64, 64, 3)) + 127 * label
     Image.fromarray(pixels.astype(np.uint8)).save(path)

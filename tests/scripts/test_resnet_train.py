@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from resnet import build, load_weights
-from scripts.conftest import assert_same_results, files_of, flags_of, run_folder
+from scripts.conftest import assert_refused, assert_same_results, files_of, flags_of, run_folder
 
 from aal.training import data, loaders
 from aal.training.classification import Classification
@@ -297,15 +297,14 @@ DAMAGES = {
 
 @pytest.mark.parametrize("file, damage", DAMAGES.values(), ids=DAMAGES.keys())
 def test_damaged_records_are_not_continued(
-    train: Callable, tmp_path: Path, finished_run: Path, file: str, damage: Callable
+    train_vit: Callable, tmp_path: Path, file: str, damage: Callable
 ):
-    shutil.copytree(finished_run, tmp_path / "runs")
+    words = ("--get-li", "--epochs", 1)
+    train_vit(*words)
     (path,) = run_folder(tmp_path).glob(file)
     damage(path)
     before = files_of(tmp_path)
-    status, _, err = train(*ARA, "--get-li", "--epochs", 1, "--resume")
-    assert status == 2
-    assert err.count("\n") == 1 and err.startswith("train.py: error: ")
+    assert_refused(train_vit(*words, "--resume"), str(path))
     assert files_of(tmp_path) == before
 
 
