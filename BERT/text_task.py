@@ -30,7 +30,8 @@ class TextClassification:
         return batch
 
     def split(self, batch: Batch, count: int) -> Sequence[Batch]:
-        return [Batch(*part) for part in zip(*(t.chunk(count) for t in batch), strict=True)]
+        count = min(count, len(batch.classes))
+        return [Batch(*part) for part in zip(*(t.tensor_split(count) for t in batch), strict=True)]
 
     def first(self, batch: Batch, count: int) -> Batch:
         return Batch(*(tensor[:count] for tensor in batch))

@@ -60,7 +60,8 @@ class Translation:
         return batch
 
     def split(self, batch: _Pairs, count: int) -> Sequence[_Pairs]:
-        return [_Pairs(*part) for part in zip(*(t.chunk(count) for t in batch), strict=True)]
+        count = min(count, len(batch.source))
+        return [_Pairs(*part) for part in zip(*(t.tensor_split(count) for t in batch), strict=True)]
 
     def first(self, batch: _Pairs, count: int) -> _Pairs:
         return _Pairs(*(tensor[:count] for tensor in batch))

@@ -46,8 +46,16 @@ class Course:
             UserError: anything that the user can put right.
             Stopped: a signal came; the state is saved.
         """
-        if self.run.args.resume:
-            self._resume()
+        state = self.folder.resume(self.run.config) if self.run.args.resume else None
+        steps = self.worker.gather_objects(None if state is None else state.get("step"))
+        if len(set(steps)) > 1:
+            found = ", ".join("no state" if step is None else f"step {step}" for step in steps)
+            raise UserError(
+                f"the processes found different states in {self.folder.path} ({found}); look at "
+                "the file system that they share, and start again"
+            )
+        if state is not None:
+            self._resume(state)
         elif self.worker.is_main:
             self.folder.start(self.run.config)
         if self.run.args.tensorboard and self.worker.is_main:
@@ -62,8 +70,7 @@ class Course:
                 self._learn_epoch()
             self._finish()
 
-    def _resume(self) -> None:
-        state = self.folder.resume(self.run.config)
+    def _resume(self, state: dict[str, Any]) -> None:
         self.run.check_extras(state)
         try:
             self.trainer.load_state(state)

@@ -117,8 +117,9 @@ def num_processes(devices: Sequence[torch.device]) -> int:
     """
     if not is_launched():
         return len(devices)
-    if not all(os.environ[name].isdecimal() for name in ("RANK", "WORLD_SIZE")):
-        raise UserError("RANK and WORLD_SIZE, which start one of several processes, are no numbers")
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK"):
+        if not os.environ.get(name, "0").isdecimal():
+            raise UserError(f"{name}, which starts one of several processes, is no number")
     count = int(os.environ["WORLD_SIZE"])
     if len(devices) not in (1, int(os.environ.get("LOCAL_WORLD_SIZE", count))):
         raise UserError(
@@ -143,6 +144,11 @@ def joined(devices: Sequence[torch.device]):
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
     device = devices[local_rank] if len(devices) > 1 else devices[0]
     if len(devices) == 1 and device.type == "cuda":  # torchrun without --device
+        if local_rank >= (available := torch.cuda.device_count()):
+            raise UserError(
+                f"process {local_rank + 1} of this machine has no GPU, of which there are "
+                f"{available}; start fewer processes, or use --device cpu"
+            )
         device = torch.device("cuda", local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)

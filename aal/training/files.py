@@ -1,9 +1,12 @@
 """Files that are written whole or not at all, and checkpoints that are checked when read."""
 
+import errno
 import hashlib
 import json
 import os
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import IO, Any
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 
 from aal.training.command_line import UserError
+from aal.training.memory_limit import is_out_of_memory
 
 PART = ".part"  # ends the names of files that are not whole yet
 _CHECKSUM = "checksum"  # in a checkpoint, of all the rest
@@ -110,12 +114,17 @@ def _save(content: dict[str, Any], file: IO[bytes]) -> None:
         raise watched.error or error from None
 
 
+class DamagedFile(UserError):
+    """A checkpoint is truncated, or does not hold what was written."""
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Load a checkpoint on CPU; only tensors and plain values are accepted.
 
     Raises:
-        UserError: the file is missing, unreadable, truncated, not a checkpoint, or does not hold
-            what was written.
+        DamagedFile: the file was read and is none, or no longer.
+        UserError: it is missing or cannot be read.
+        MemoryError, RuntimeError: memory is too small for it.
     """
     try:
         if path.is_dir():
@@ -129,14 +138,29 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         with file:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen types for damaged files
+        if is_out_of_memory(error) and _is_whole(path):
+            raise
+        # A damaged file may ask to go to a place before its beginning.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
         # Its text is left out: it advises to load what may run code.
-        raise UserError(f"{path} is damaged or not a checkpoint of tensors and numbers") from error
+        what = f"{path} is damaged or not a checkpoint of tensors and numbers"
+        raise DamagedFile(what) from error
     if not isinstance(state, dict):
-        raise UserError(f"{path} holds {type(state).__name__}, not a checkpoint")
+        raise DamagedFile(f"{path} holds {type(state).__name__}, not a checkpoint")
     expected = state.pop(_CHECKSUM, None)  # other people's checkpoints have none
     if expected is not None and expected != checksum(state):
-        raise UserError(f"{path} is damaged, or was changed and kept its old checksum")
+        raise DamagedFile(f"{path} is damaged, or was changed and kept its old checksum")
     return state
+
+
+def _is_whole(path: Path) -> bool:
+    """Has an archive the checksums of its parts? A damaged one may ask for any amount of memory."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, zlib.error):
+        return False
 
 
 def checksum(value: Any) -> str:

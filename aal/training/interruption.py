@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any, Self
 
+from aal.training.command_line import is_launched
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STATUSES = tuple(128 + number for number in SIGNALS)  # of processes that stopped for them
 
@@ -45,7 +47,12 @@ class Interruption:
     def __exit__(self, *error: Any) -> None:
         if self._held is not None:
             signal.pthread_sigmask(signal.SIG_SETMASK, self._held)
+        # One of several processes ends now, and has something to say; the others' end may make
+        # torchrun or the parent send it another signal.
+        is_over = is_launched() and (self.signal or error[0] is not None)
         for number, handler in self._before.items():
+            if is_over and number == signal.SIGTERM:
+                handler = signal.SIG_IGN
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ from aal.training.sampling import Draw, EpochSampler, Seeded, StepSampler
 
 PATIENCE = 600  # seconds without a batch after which the processes are given up
 _NOTICE = 5  # seconds after which PyTorch has noticed that a process died, if it ever does
+# Processes that are started otherwise, as by Python 3.14, are not children of this one.
+_START_METHOD = "fork" if sys.platform == "linux" else None
 _RAISED_THERE = "in DataLoader worker process"  # what PyTorch says of errors in the processes
 _MOST_REPLACED = 100  # bad images in a row; with more of them, most of the data set is bad
 
@@ -239,6 +242,7 @@ def _loader(
         collate_fn=_collated,
         pin_memory=worker.device.type == "cuda",
         timeout=PATIENCE if workers else 0,
+        multiprocessing_context=_START_METHOD if workers else None,
         worker_init_fn=leave_signals_to_parent,
     )
 
@@ -290,7 +294,8 @@ def _explanation(error: RuntimeError) -> str | None:
             "look at the disk, or try fewer --workers"
         )
     if isinstance(error, _ProcessDied) or re.match(r"DataLoader worker \(pid", message):
-        found = re.search(r"killed by signal: ([\w ]+)", message)
+        # While a batch is waited for, PyTorch hides its own notice behind another error.
+        found = re.search(r"killed by signal: ([\w ]+)", f"{message} {error.__cause__}")
         return (
             f"a data-loading process {f'was killed ({found[1]})' if found else 'died'}, "
             "perhaps for want of memory; try fewer --workers"

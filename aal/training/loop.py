@@ -270,7 +270,7 @@ class Trainer:
         Returns:
             What ``Totals.add`` takes, of each part.
         """
-        parts, weight = self.task.split(batch, self.accumulation), self.task.weight
+        parts, weight = self._parts(batch), self.task.weight
         # The wrapper averages the gradients of the processes, whatever their weights.
         mean = self._step_weight(weight(batch)) / self.worker.world_size
         whole, outcomes = torch.zeros((), device=self.worker.device), []
@@ -287,6 +287,14 @@ class Trainer:
                     self._watch.see(whole)
                 self.scaler.scaled(loss * share).backward()
         return outcomes
+
+    def _parts(self, batch: Any) -> Sequence[Any]:
+        """Of a batch, as many in every process: FSDP2 puts blocks together for each of them."""
+        parts = self.task.split(batch, self.accumulation)
+        if self.accumulation == 1 or self.task.is_even:
+            return parts
+        (fewest,) = self.worker.largest([-len(parts)])
+        return self.task.split(batch, -fewest)
 
     def _not_finite(self, loss: float, batch: Any) -> str:
         """What is known of a loss that is not finite, for the user."""

@@ -54,8 +54,15 @@ class RunFolder:
 
     @property
     def has_state(self) -> bool:
-        """Is there a run to be continued?"""
-        return bool(self.states.paths())
+        """Is there a run to be continued?
+
+        Raises:
+            UserError: the folder cannot be looked at.
+        """
+        try:
+            return bool(self.states.paths())
+        except OSError as error:
+            raise UserError(f"cannot use {self.path}: {error.strerror}") from error
 
     @property
     def best(self) -> Path:

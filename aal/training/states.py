@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from aal.training.command_line import UserError, warn
-from aal.training.files import PART, read_checkpoint, write_checkpoint
+from aal.training.files import PART, DamagedFile, read_checkpoint, write_checkpoint
 
 
 class States:
@@ -37,13 +37,13 @@ class States:
         """The newest state that is whole, and its file; tells the user of newer ones that are not.
 
         Raises:
-            UserError: there is none.
+            UserError: there is none, or one cannot be read, but might be whole.
         """
         faults = []
         for path in self.paths() or [self.newest]:
             try:
                 state = read_checkpoint(path)
-            except UserError as error:
+            except DamagedFile as error:
                 faults.append(str(error))
                 continue
             if faults:

@@ -27,7 +27,7 @@ class Task(Protocol):
         """A batch on the device as it is to be learned, perhaps changed at random."""
 
     def split(self, batch: Any, count: int) -> Sequence[Any]:
-        """At most ``count`` parts of a batch, none of them empty."""
+        """``count`` parts of a batch, or one per sample if those are fewer."""
 
     def first(self, batch: Any, count: int) -> Any:
         """At most ``count`` samples of a batch."""

@@ -98,10 +98,10 @@ def test_a_run_goes_on_after_a_process_hung(
     with stop_after(1):
         assert train_vit(*WORDS)[0] == 130
     with monkeypatch.context() as patch:
-        patch.setattr(loaders, "PATIENCE", 1)
+        patch.setattr(loaders, "PATIENCE", 5)
         patch.setattr(Image, "open", hang)
         status, _, err = train_vit(*WORDS, "--resume")
-    told = "the data-loading processes gave no batch for 1 s; look at the disk, or "
+    told = "the data-loading processes gave no batch for 5 s; look at the disk, or "
     assert (status, err) == (2, f"train.py: error: {told}{FEWER}")
     with pytest.raises(ProcessLookupError):
         os.kill(int(note.read_text()), 0)
@@ -131,6 +131,23 @@ def test_a_connection_that_breaks_waits_for_the_notice_of_a_death(
     finally:
         signal.signal(signal.SIGALRM, before)
     assert str(error.value).startswith(f"a data-loading process {words}, perhaps for want")
+
+
+def test_a_death_is_told_while_a_batch_is_waited_for():
+    """When PyTorch meets its own notice, and says less."""
+    message = "DataLoader worker (pid(s) 7) exited unexpectedly"
+    notice = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    with pytest.raises(UserError, match=r"was killed \(Killed\)"), loaders.failures_explained():
+        raise RuntimeError(message) from notice
+
+
+def test_processes_are_children_however_python_would_start_them(train_vit: Callable):
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)  # as Python 3.14 does
+    try:
+        assert train_vit(*WORDS)[::2] == (0, "")
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 def test_other_errors_stay_what_they_are():

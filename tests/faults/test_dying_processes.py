@@ -28,7 +28,7 @@ def marked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(MARK, str(tmp_path))
 
 
-def until(condition: Callable, seconds: float = 100):
+def until(condition: Callable, seconds: float = 300):
     """Wait for something that is true, and return it."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
@@ -163,7 +163,7 @@ def test_processes_of_torchrun_say_that_one_is_lost(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [*words(tiny_imagenet, tmp_path), "--device", "cpu"]
     meanwhile(lambda: kill_within_epoch(tmp_path, 1))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("train.py"))
     assert line.startswith("train.py: error: lost another process of the run (")

@@ -66,6 +66,7 @@ TAKEN = {
     "test_batch_size": ["1", "64"],
     "gradient_accumulation_steps": ["1", "2"],
     "workers": ["0"],
+    "resume": ["True", "false", "auto"],
     "seed": ["0", "7"],
     "img_size": ["8", "9", "16"],
     "patch": ["1", "2", "3"],

@@ -154,6 +154,14 @@ def test_two_processes_score_as_one(train_bert: Callable, tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_uneven_shares_have_as_many_parts(train_bert: Callable):
+    """Of the last step's three texts, which two processes that share the weights go through."""
+    words = ("--batch-size", 33, "--gradient-accumulation-steps", 2, "--epochs", 1)
+    status, _, err = train_bert(*words, "--parallel", "fsdp", "--device", "cpu", "cpu")
+    assert (status, err) == (0, "")
+
+
+@pytest.mark.slow
 def test_two_processes_learn_as_one(train_bert: Callable, tmp_path: Path):
     """One step on all 36 texts, which do not divide by accumulation and processes.
 

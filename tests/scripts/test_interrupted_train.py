@@ -26,6 +26,7 @@ from scripts.conftest import (
 from aal.compression.codecs import Codec, Groups
 from aal.compression.compress import METHODS
 from aal.compression.method import Method, Use
+from aal.training.devices import Worker
 from aal.training.run_folder import RunFolder
 
 VIT = ("--cutmix", "--mixup", "--dropout", 0.2, "--get-li")
@@ -257,6 +258,22 @@ def test_resume_auto_begins_and_continues(train_vit: Callable, tmp_path: Path, s
     status, out, err = train_vit(*VIT, "--resume=auto")
     assert (status, err) == (0, "")
     assert_same_results(run_folder(tmp_path), tmp_path / "whole")
+
+
+def test_processes_go_on_from_one_state(
+    train_vit: Callable, stop_at: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    """Whose file systems might show them different ones."""
+    with stop_at(2):
+        train_vit(*VIT)
+    monkeypatch.setattr(Worker, "gather_objects", lambda self, value: [value, None])
+    found = "the processes found different states in "
+    assert_refused(train_vit(*VIT, "--resume"), found)
+
+
+def test_a_folder_that_cannot_be_looked_at_is_refused(train_vit: Callable):
+    refused = train_vit("--output", "x" * 300, "--resume", "auto")
+    assert_refused(refused, "File name too long")
 
 
 @pytest.mark.parametrize("extra", [(), ("--resume",), ("--resume", "auto")])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from aal.training.command_line import UserError
-from aal.training.devices import num_processes, parse_devices
+from aal.training.devices import joined, num_processes, parse_devices
 from aal.training.launch import launch
 
 
@@ -26,12 +26,24 @@ def test_other_words_are_refused(words: list[str]):
         parse_devices(words)
 
 
-def test_processes_without_a_number_are_refused(monkeypatch: pytest.MonkeyPatch):
-    place = {"RANK": "0", "WORLD_SIZE": "x", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-    for name, value in place.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="are no numbers"):
+PLACE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK"])
+def test_processes_without_a_number_are_refused(monkeypatch: pytest.MonkeyPatch, name: str):
+    for other, value in (PLACE | {name: "x"}).items():
+        monkeypatch.setenv(other, value)
+    with pytest.raises(UserError, match=f"^{name}, .* is no number"):
         num_processes([torch.device("cpu")])
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch):
+    for name, value in (PLACE | {"LOCAL_RANK": "1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="process 2 of this machine has no GPU, of which there are"):
+        with joined([torch.device("cuda", 0)]):
+            pass
 
 
 EXCHANGE = """

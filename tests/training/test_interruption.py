@@ -1,5 +1,6 @@
 """Signals are obeyed where a state can be saved."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -49,6 +50,29 @@ def test_a_signal_may_be_obeyed_at_once():
         with pytest.raises(StopAtOnce), interruption.at_once():  # one that came before
             done.append("inside")
     assert done == ["before"] and interruption.signal == signal.SIGTERM
+
+
+@pytest.mark.parametrize("is_signalled", [True, False])
+def test_the_end_of_one_of_several_processes_is_not_disturbed(
+    monkeypatch: pytest.MonkeyPatch, is_signalled: bool
+):
+    """By those who saw the signal, or the end of another process, too."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with contextlib.suppress(RuntimeError), Interruption():
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_IGN
+            if is_signalled:
+                _send(signal.SIGTERM)
+            else:
+                raise RuntimeError("another process has gone")
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+        with Interruption():
+            pass
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_an_ignored_signal_stays_ignored():

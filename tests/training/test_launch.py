@@ -89,6 +89,7 @@ import datetime
 import os
 import signal
 import sys
+import time
 
 import torch
 import torch.distributed
@@ -96,10 +97,14 @@ import torch.distributed
 from aal.training import command_line
 from aal.training.devices import joined, parse_devices
 
-torch.distributed.distributed_c10d.default_pg_timeout = datetime.timedelta(seconds=2)
+torch.distributed.distributed_c10d.default_pg_timeout = datetime.timedelta(seconds=5)
 
 
 def main(arguments):
+    folder = os.path.dirname(__file__)
+    open(os.path.join(folder, os.environ["RANK"]), "w").close()
+    while len(os.listdir(folder)) < 3:  # as they have little time to meet
+        time.sleep(0.01)
     with joined(parse_devices(["cpu", "cpu"])) as worker:
         worker.barrier()
         if not worker.is_main:

@@ -111,7 +111,8 @@ class Words:
         return batch
 
     def split(self, batch: Sequence[Tensor], count: int) -> Sequence[Sequence[Tensor]]:
-        return list(zip(*(tensor.chunk(count) for tensor in batch), strict=True))
+        count = min(count, len(batch[0]))
+        return list(zip(*(tensor.tensor_split(count) for tensor in batch), strict=True))
 
     def weight(self, batch: Sequence[Tensor]) -> int:
         return int(batch[1].sum())
@@ -140,15 +141,17 @@ def _words_model(kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
     return model
 
 
-def _gradient_of_words(worker: Worker, rows: slice, accumulation: int) -> tuple[Tensor, float]:
-    """Of one process's rows, and the mean loss that it reports."""
-    model = _words_model(OfTwo)
+def _gradient_of_words(worker: Worker, rows: slice, accumulation: int) -> tuple[Tensor, float, int]:
+    """Of one process's rows, the mean loss that it reports, and the number of forward passes."""
+    model, passes = _words_model(OfTwo), []
+    model.register_forward_hook(lambda *_: passes.append(1))
     optimizer = torch.optim.SGD(model.parameters(), 1.0)
     trainer = Trainer(Words(), model, optimizer, lambda step: 0.0, worker)
     trainer.accumulation = accumulation
     found = trainer.train_epoch([(ROWS[rows], WORDS[rows])], "")
     assert "words_per_s" in found
-    return nn.utils.parameters_to_vector(p.grad for p in model.parameters()), found["loss"]
+    gradient = nn.utils.parameters_to_vector(p.grad for p in model.parameters())
+    return gradient, found["loss"], len(passes)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 3, 7])
@@ -156,16 +159,20 @@ def test_the_gradient_is_that_of_the_mean_over_all_units(accumulation: int, monk
     model = _words_model()
     loss, _ = Words().loss(model, (ROWS, WORDS))
     expected = nn.utils.parameters_to_vector(torch.autograd.grad(loss, model.parameters()))
-    alone, mean = _gradient_of_words(CPU, slice(None), accumulation)
+    alone, mean, passes = _gradient_of_words(CPU, slice(None), accumulation)
+    assert passes == accumulation
     torch.testing.assert_close(alone, expected, rtol=1e-12, atol=0)
     assert mean == pytest.approx(loss.item(), rel=1e-12)
     # Two processes, whose wrapper takes the mean of their gradients.
     monkeypatch.setattr(Worker, "sum", _sum_of_two())
-    parts = [
-        _gradient_of_words(Worker(torch.device("cpu"), rank, world_size=2), rows, accumulation)[0]
+    fewest = min(accumulation, 2)  # of two rows
+    monkeypatch.setattr(Worker, "largest", lambda self, values: [max(*values, -fewest)])
+    first, second = (
+        _gradient_of_words(Worker(torch.device("cpu"), rank, world_size=2), rows, accumulation)
         for rank, rows in enumerate((slice(0, 5), slice(5, 7)))
-    ]
-    torch.testing.assert_close((parts[0] + parts[1]) / 2, expected, rtol=1e-12, atol=0)
+    )
+    torch.testing.assert_close((first[0] + second[0]) / 2, expected, rtol=1e-12, atol=0)
+    assert first[2] == second[2] == fewest  # else shares of FSDP2 would wait for each other
 
 
 def _sum_of_two() -> Callable[[Worker, Tensor], Tensor]:

@@ -1,5 +1,6 @@
 """The newest states of a run, and the lock on their folder."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -101,6 +102,47 @@ def test_damaged_states_are_passed_over_and_replaced(
     assert states.read()[1] == {"step": 7}
     steps = _steps(tmp_path)
     assert steps.pop("last.pth") == 7 and set(steps.values()) == set(range(3 - count))
+
+
+@pytest.mark.parametrize(
+    "error, found, text",
+    [
+        (MemoryError(), MemoryError, "^$"),
+        (OSError(errno.EIO, "Input/output error"), UserError, "cannot read .*: Input/output error"),
+    ],
+    ids=["memory", "disk"],
+)
+def test_a_state_that_cannot_be_read_may_be_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, found: type, text: str
+):
+    """It is neither passed over nor removed."""
+    states = _written(tmp_path, 2, 2)
+
+    def fail(*args, **kwargs) -> None:
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(found, match=text):
+        patch.setattr(torch, "load", fail)
+        states.read()
+    assert states.read()[1] == {"step": 1}
+    states.write({"step": 2})
+    assert _steps(tmp_path) == {"last.pth": 2, "last-1.pth": 1}
+
+
+def test_a_damaged_state_may_ask_for_any_amount_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    states, load = _written(tmp_path, 2, 2), torch.load
+    states.newest.write_bytes(states.newest.read_bytes()[:-9])
+
+    def ask(file, **kwargs):
+        if file.name == str(states.newest):
+            raise MemoryError
+        return load(file, **kwargs)
+
+    monkeypatch.setattr(torch, "load", ask)
+    assert states.read()[1] == {"step": 0}
+    assert "last.pth is damaged" in capsys.readouterr().err
 
 
 def test_no_whole_state_is_one_error(tmp_path: Path):
