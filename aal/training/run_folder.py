@@ -91,6 +91,9 @@ class RunFolder:
             raise UserError(f"{self.path} already holds other files; --output names another place")
         if self.path.exists():
             self._lock = FolderLock(self.path)
+            if self.has_state != resume:
+                self.release()
+                raise UserError(f"another run was at work in {self.path} until now; start again")
             remove_leftovers(self.path, {*self._own_files, "last.pth", "test.json"})
 
     def release(self) -> None:

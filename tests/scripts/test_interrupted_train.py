@@ -27,6 +27,7 @@ from aal.compression.codecs import Codec, Groups
 from aal.compression.compress import METHODS
 from aal.compression.method import Method, Use
 from aal.training.devices import Worker
+from aal.training.folder_lock import FolderLock
 from aal.training.run_folder import RunFolder
 
 VIT = ("--cutmix", "--mixup", "--dropout", 0.2, "--get-li")
@@ -269,6 +270,19 @@ def test_processes_go_on_from_one_state(
     monkeypatch.setattr(Worker, "gather_objects", lambda self, value: [value, None])
     found = "the processes found different states in "
     assert_refused(train_vit(*VIT, "--resume"), found)
+
+
+def test_a_run_that_ends_before_the_folder_is_locked_is_noticed(
+    train_vit: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    train_vit(*VIT, "--lr", 1e30)  # leaves no state
+
+    def lock(folder: Path) -> FolderLock:
+        (folder / "last.pth").touch()
+        return FolderLock(folder)
+
+    monkeypatch.setattr("aal.training.run_folder.FolderLock", lock)
+    assert_refused(train_vit(*VIT, "--lr", 1e30), "another run was at work in ")
 
 
 def test_a_folder_that_cannot_be_looked_at_is_refused(train_vit: Callable):
