@@ -34,8 +34,7 @@ class Classification:
         return batch if self.mix is None else self.mix(*batch)
 
     def split(self, batch: _Batch, count: int) -> Sequence[_Batch]:
-        count = min(count, len(batch[0]))
-        return list(zip(*(tensor.tensor_split(count) for tensor in batch), strict=True))
+        return list(zip(*(tensor.chunk(count) for tensor in batch), strict=True))
 
     def first(self, batch: _Batch, count: int) -> _Batch:
         images, labels = batch

@@ -27,7 +27,10 @@ class Task(Protocol):
         """A batch on the device as it is to be learned, perhaps changed at random."""
 
     def split(self, batch: Any, count: int) -> Sequence[Any]:
-        """``count`` parts of a batch, or one per sample if those are fewer."""
+        """At most ``count`` parts of a batch, none of them empty.
+
+        If the task is not ``is_even``, exactly as many, or one per sample if those are fewer.
+        """
 
     def first(self, batch: Any, count: int) -> Any:
         """At most ``count`` samples of a batch."""
