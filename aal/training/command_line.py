@@ -59,13 +59,10 @@ def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str], program:
 
 
 def _status(main: Callable[[Sequence[str]], int], arguments: Sequence[str], program: str) -> int:
-    # What was closed gets a file, so that its number does not become that of another one.
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text
         sys.stdout.reconfigure(errors="backslashreplace")
+    if sys.stderr is None:  # it was closed; its number must not become that of another file
+        sys.stderr = open(os.devnull, "w")
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # until the imports were done
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -193,8 +190,9 @@ def write_output(content: bytes) -> None:
     """
 
     def write() -> None:
-        sys.stdout.buffer.write(content)
-        sys.stdout.buffer.flush()
+        if sys.stdout is not None:  # as when it was closed, where ``print`` prints nothing
+            sys.stdout.buffer.write(content)
+            sys.stdout.buffer.flush()
 
     _output(write)
 

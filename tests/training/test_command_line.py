@@ -87,7 +87,6 @@ def test_output_of_a_process_without_one_goes_nowhere(monkeypatch: pytest.Monkey
         return 3
 
     assert run(main, [], "train.py") == 3
-    sys.stdout.close()
 
 
 def test_a_user_error_becomes_one_line_and_status_2(capsys: pytest.CaptureFixture):
